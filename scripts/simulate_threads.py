@@ -1,9 +1,11 @@
 """Simulate decodes on up to 128 cores, patched and upstream, and compare with reality on the cores there are.
 
     python -m kimi_gguf.scripts.simulate_threads
+    python -m kimi_gguf.scripts.simulate_threads --earlier FOLDER "the build of 2026-11-22"
 
 Output: docs/threads.md. The model is generated in the cache: layers of the 48B's shapes. The simulation is that of
-bench/threads.py. Takes ten minutes on two cores, which nothing else should use.
+bench/threads.py. --earlier also simulates a build of an earlier commit. Takes 15 minutes on two cores, which nothing
+else should use, and 5 more for an earlier build.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -24,7 +27,7 @@ from kimi_gguf.bench.roofline import demand
 from kimi_gguf.bench.runner import Runner, environment_of
 from kimi_gguf.bench.shapes import BenchModel
 from kimi_gguf.bench.threads import BANDWIDTH, BARRIER, floor, graphs_of, read_events, recorder, simulated
-from kimi_gguf.engine.builds import Engine, ensure
+from kimi_gguf.engine.builds import Engine, ensure, load
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.facts import machine_facts
 from kimi_gguf.engine.progress import Reporter, reporting
@@ -33,10 +36,11 @@ from kimi_gguf.scripts.record_page import machine_text
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = (1, 2, 4, 8, 16, 32, 33, 48, 63, 64, 100, 128)
 REAL = (1, 2)
-# name -> tokens of a decode, depth
-DECODES = {"1 token": (1, 256), "4 tokens": (4, 256), "512 tokens": (512, 0)}
+# tokens of a decode, depth
+DECODES = ((1, 256), (1, 4096), (4, 4096), (512, 0), (512, 4096))
+CELLS = [Cell("f16", 1, depth, REAL[-1], batch) for batch, depth in DECODES]
 STEPS = {1: 8, 4: 6, 512: 3}  # decodes that are recorded, by tokens
-N_CTX = 2048  # at least (1 + STEPS) decodes
+N_CTX = 6144 + 256  # at least the depth and (1 + STEPS) decodes
 PAGE = """\
 # Many threads, simulated
 
@@ -54,10 +58,16 @@ Each cell: milliseconds upstream, milliseconds patched, speedup. Depth: tokens a
 memory bandwidth limits at least one of the two builds. The model is {model}.
 
 {table}
-Measured on this machine right after the simulation, without recording. In parentheses: the simulated time minus the
-measured one, in percent of the measured one (negative: the simulation is too fast).
+{earlier}Measured on this machine right after the simulation, without recording. In parentheses: the simulated time
+minus the measured one, in percent of the measured one (negative: the simulation is too fast).
 
 {real}"""
+EARLIER = """\
+The same for {name}, instead of patched:
+
+{table}
+"""
+UPSTREAM, PATCHED = "upstream", "patched"
 
 
 class Build:
@@ -69,15 +79,14 @@ class Build:
     """
 
     def __init__(self, engine: Engine, model: ModelFile) -> None:
-        self.name = "upstream" if engine.is_upstream else "patched"
         recording = {"LD_PRELOAD": str(recorder()), "OMP_WAIT_POLICY": "passive"}
         self._recording = self._started(engine, model, recording)
         self._measuring = self._started(engine, model, {})
 
     def _started(self, engine: Engine, model: ModelFile, variables: dict[str, str]) -> Runner:
-        runner = Runner(self.name, environment_of(engine) | variables)
+        runner = Runner(UPSTREAM if engine.is_upstream else PATCHED, environment_of(engine) | variables)
         runner.ask("load", gguf=str(model.path), repack=True)
-        for cell in map(cell_of, DECODES):
+        for cell in CELLS:
             runner.ask(
                 "context", name=str(cell.depth), n_ctx=N_CTX, n_batch=512, n_ubatch=512, sequences=1,
                 flash=True, cache_type=cell.cache_type, threads=REAL[-1],
@@ -90,10 +99,13 @@ class Build:
         self._measuring.close()
 
     def fill(self, cell: Cell, folder: Path) -> None:
-        """Bring the cell's contexts to its depth."""
-        if cell.depth:
-            for runner in (self._recording, self._measuring):
-                runner.ask("fill", name=str(cell.depth), depth=cell.depth, file=str(folder / "state"))
+        """Bring the cell's contexts to its depth. The first build decodes, the others restore its state."""
+        state, name = folder / f"state-{cell.depth}", str(cell.depth)
+        for runner in (self._measuring, self._recording) if cell.depth else ():
+            if state.exists():
+                runner.ask("restore", name=name, file=str(state))
+            else:
+                runner.ask("fill", name=name, depth=cell.depth, file=str(state))
 
     def measured(self, cell: Cell, threads: int) -> float:
         """Seconds of a decode."""
@@ -116,43 +128,59 @@ class Build:
         return simulated(graphs_of(read_events(file)), steps)
 
 
-def cell_of(name: str) -> Cell:
-    batch, depth = DECODES[name]
-    return Cell("f16", 1, depth, REAL[-1], batch)
+@dataclass(frozen=True)
+class Times:
+    """Of a cell, in seconds: those by number of threads and name of the build."""
+
+    cell: Cell
+    least: float  # in which the assumed memory delivers what the cell reads
+    simulated: Mapping[int, Mapping[str, float]]
+    measured: Mapping[int, Mapping[str, float]]
+
+    @property
+    def title(self) -> str:
+        """As in the page."""
+        return f"{self.cell.batch} {'token' if self.cell.batch == 1 else 'tokens'}, depth {self.cell.depth}"
+
+    def speedup(self, build: str, threads: int) -> str:
+        """Simulated milliseconds of upstream and of a build, and the ratio."""
+        seconds = [self.simulated[threads][name] for name in (UPSTREAM, build)]
+        mark = " (m)" if min(seconds) < self.least else ""
+        upstream, other = (max(self.least, each) for each in seconds)
+        return f"{milliseconds(upstream)}, {milliseconds(other)}, {upstream / other:.2f}{mark}"
+
+    def reality(self, threads: int) -> str:
+        """Measured milliseconds, each with the deviation of the simulation, and the ratio."""
+        both = [(self.measured[threads][name], self.simulated[threads][name]) for name in (UPSTREAM, PATCHED)]
+        (upstream, _), (patched, _) = both
+        texts = (f"{milliseconds(a)} ({b / a - 1:+.0%})" for a, b in both)
+        return f"{', '.join(texts)}, {upstream / patched:.2f}"
 
 
-def rows_of(
-    builds: list[Build], model: ModelFile, folder: Path, reporter: Reporter
-) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """For each decode its simulated and its measured row."""
-    for name in DECODES:
-        cell = cell_of(name)
-        for build in builds:
+def engine_in(folder: Path) -> Engine:
+    """The build in a folder. Raises `EngineError` if there is none."""
+    engine = load(folder)
+    if engine is None:
+        raise EngineError(f"{folder}: expected a finished build, with bin, lib and manifest.json")
+    return engine
+
+
+def times_of(
+    builds: Mapping[str, Build], model: ModelFile, folder: Path, reporter: Reporter
+) -> Iterator[Times]:
+    """Simulate and measure each cell. The last build is the fastest."""
+    for cell in CELLS:
+        for build in reversed(list(builds.values())):
             build.fill(cell, folder)
-        found, real = [], []
+        simulated, measured = {}, {}
         for threads in THREADS:
-            reporter.phase(f"{name}, {threads} threads")
-            least = floor(demand(model, cell).nbytes)
-            times = [build.simulated(cell, threads, folder) for build in builds]
-            found.append(cell_text([max(least, each) for each in times], limited=min(times) < least))
+            reporter.phase(f"{cell.batch} tokens, depth {cell.depth}, {threads} threads")
+            simulated[threads] = {
+                name: build.simulated(cell, threads, folder) for name, build in builds.items()
+            }
             if threads in REAL:
-                real.append(real_text([build.measured(cell, threads) for build in builds], times))
-        title = f"{name}, depth {cell.depth}"
-        yield (title, *found), (title, *real)
-
-
-def cell_text(seconds: list[float], limited: bool) -> str:
-    """Milliseconds upstream and patched, and the ratio."""
-    upstream, patched = seconds
-    mark = " (m)" if limited else ""
-    return f"{milliseconds(upstream)}, {milliseconds(patched)}, {upstream / patched:.2f}{mark}"
-
-
-def real_text(seconds: list[float], simulated: list[float]) -> str:
-    """Milliseconds upstream and patched, each with the deviation of the simulation, and the ratio."""
-    both = (f"{milliseconds(a)} ({b / a - 1:+.0%})" for a, b in zip(seconds, simulated, strict=True))
-    upstream, patched = seconds
-    return f"{', '.join(both)}, {upstream / patched:.2f}"
+                measured[threads] = {name: build.measured(cell, threads) for name, build in builds.items()}
+        yield Times(cell, floor(demand(model, cell).nbytes), simulated, measured)
 
 
 def milliseconds(seconds: float) -> str:
@@ -160,16 +188,23 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g}" if seconds < 0.9995 else f"{1000 * seconds:.0f}"
 
 
-def page_text(
-    model: str, found: Sequence[tuple[str, ...]], real: Sequence[tuple[str, ...]], created: datetime
-) -> str:
-    """The page, measured on this machine. found, real: the rows of `rows_of`."""
+def table(threads: Sequence[int], rows: Iterable[tuple[str, ...]]) -> str:
+    """A table with a column for each number of threads."""
+    return markdown([("threads", *map(str, threads)), *rows])
+
+
+def page_text(model: str, times: Sequence[Times], earlier: str | None, created: datetime) -> str:
+    """The page, measured on this machine. earlier: the name of an earlier build, if one was simulated."""
+
+    def speedups(build: str) -> str:
+        return table(THREADS, ((row.title, *(row.speedup(build, n) for n in THREADS)) for row in times))
+
     return PAGE.format(
         machine=machine_text(machine_facts()), when=created.date(),
         cores=REAL[-1], model=model, barrier=1e6 * BARRIER, bandwidth=BANDWIDTH / 1e9,
-        least=min(STEPS.values()), most=max(STEPS.values()),
-        table=markdown([("threads", *(f"{n}" for n in THREADS)), *found]),
-        real=markdown([("threads", *(f"{n}" for n in REAL)), *real]),
+        least=min(STEPS.values()), most=max(STEPS.values()), table=speedups(PATCHED),
+        earlier=EARLIER.format(name=earlier, table=speedups(earlier)) if earlier else "",
+        real=table(REAL, ((row.title, *map(row.reality, REAL)) for row in times)),
     )  # fmt: skip
 
 
@@ -186,19 +221,29 @@ def main() -> None:
     parser.add_argument(
         "--shapes", default="full", help="use layers of these shapes: full or tiny (default: %(default)s)"
     )
+    parser.add_argument(
+        "--earlier", nargs=2, metavar=("FOLDER", "NAME"),
+        help="also simulate the build in this folder (with bin and lib), which the page calls by this name",
+    )  # fmt: skip
     parsed = parser.parse_args()
+    earlier: str | None = parsed.earlier[1] if parsed.earlier else None
     try:
         with reporting() as reporter, tempfile.TemporaryDirectory() as folder:
-            engines = [ensure(upstream=True), ensure()]
+            engines = {UPSTREAM: ensure(upstream=True)}
+            if earlier is not None:
+                engines[earlier] = engine_in(Path(parsed.earlier[0]))
+            engines[PATCHED] = ensure()
             chosen = BenchModel(layers=4, experts=64, type=parsed.type, shapes=parsed.shapes)
-            model = open_model(generate(chosen, engines[0], reporter))
+            model = open_model(generate(chosen, engines[UPSTREAM], reporter))
             with ExitStack() as stack:
-                builds = [stack.enter_context(closing(Build(engine, model))) for engine in engines]
-                rows = list(rows_of(builds, model, Path(folder), reporter))
+                builds = {
+                    name: stack.enter_context(closing(Build(engine, model)))
+                    for name, engine in engines.items()
+                }
+                times = list(times_of(builds, model, Path(folder), reporter))
     except EngineError as error:
         sys.exit(f"simulate_threads: error: {error}")
-    found, real = zip(*rows, strict=True)
-    text = page_text(model.name, found, real, datetime.now(UTC))
+    text = page_text(model.name, times, earlier, datetime.now(UTC))
     parsed.page.write_text(text)
     print(text)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kimi_gguf.bench.cells import Cell
 from kimi_gguf.bench.models import generate
 from kimi_gguf.bench.runner import Runner, environment_of
 from kimi_gguf.bench.shapes import BenchModel
@@ -29,7 +30,7 @@ from kimi_gguf.bench.threads import (
 )
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import Silent
-from kimi_gguf.scripts.simulate_threads import page_text
+from kimi_gguf.scripts.simulate_threads import Times, page_text
 
 
 def events(*rows: tuple[int, int, int]) -> Events:
@@ -75,12 +76,20 @@ def test_no_decode_is_faster_than_the_memory() -> None:
     assert floor(BANDWIDTH / 4) == 0.25
 
 
-def test_the_page_names_the_machine_and_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_names_the_machine_the_day_and_an_earlier_build(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"processor": "Z80", "cores": 2, "memory_gib": 0.1}
     monkeypatch.setattr("kimi_gguf.scripts.simulate_threads.machine_facts", lambda: facts)
-    page = page_text("model", [("one token", "1, 2, 3")], [("one token", "4, 5, 6")], datetime(2026, 1, 2))
+    monkeypatch.setattr("kimi_gguf.scripts.simulate_threads.THREADS", (1, 2))
+    simulated = {1: {"upstream": 0.06, "yesterday's": 0.03, "patched": 0.02}}
+    simulated[2] = {"upstream": 0.03, "yesterday's": 0.02, "patched": 0.004}
+    measured = {1: {"upstream": 0.05, "patched": 0.025}, 2: {"upstream": 0.03, "patched": 0.005}}
+    times = Times(Cell("f16", 1, 7, 2, 1), 0.005, simulated, measured)
+    page = page_text("model", [times], "yesterday's", datetime(2026, 1, 2))
     assert "\nZ80, 2 cores, 0.1 GiB. Measured 2026-01-02.\n" in page
-    assert "\n| one token | 1, 2, 3 |\n" in page and "\n| one token | 4, 5, 6 |\n" in page
+    assert "\n| 1 token, depth 7 | 60, 20, 3.00 | 30, 5, 6.00 (m) |\n" in page, "memory takes 5 ms"
+    assert "\n| 1 token, depth 7 | 60, 30, 2.00 | 30, 20, 1.50 |\n" in page
+    assert "\n| 1 token, depth 7 | 50 (+20%), 25 (-20%), 2.00 | 30 (+0%), 5 (-20%), 6.00 |\n" in page
+    assert "yesterday's" not in page_text("model", [times], None, datetime(2026, 1, 2))
 
 
 @pytest.mark.engine

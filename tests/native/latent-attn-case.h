@@ -49,11 +49,12 @@ struct LatentShape {
     float       first     = 1.0f;      // standard deviation of the values of the first key, and of the last; between
     float       last      = 1.0f;      // them it grows by a constant factor per key
     bool        alike     = false;     // these values are not random: all values of a key are its standard deviation
-    float       loud      = 1.0f;      // decompressed form only: factor of the first value of each head
-    float       common    = 0.0f;  // decompressed form only: the first latent value of all keys, which v_b hardly reads
-    float       massive  = 0.0f;  // decompressed form only: the first key's only latent value, for the first row of v_b
-    float       heavy    = 0.0f;  // added to the score of the first key
-    bool        twins    = false;  // all other keys are equal
+    // random; decompressed form only: loud (the first value of each head is 3000 times as large), common (all keys have the
+    // same first latent value, 22, and v_b hardly reads it), massive (22 is the only latent value of the first key, and only
+    // the first row of v_b reads it, which is quiet). common and massive: with F16 only
+    std::string values   = "random";
+    int64_t     period   = 0;      // keys from the second on repeat after as many; 0: they do not
+    float       heavy    = 0.0f;   // added to the score of the first key
     float       shift    = 0.0f;   // absorbed form only: added to all scores, ...
     bool        rising   = false;  // ... twice for the first key, and less for each of those after it
     float       sink     = 0.0f;   // absorbed form only: added to the score of the first key, whose values are zeros
@@ -80,6 +81,11 @@ struct LatentShape {
         return first * std::pow(last / first, (float) key / (float) std::max<int64_t>(1, n_keys - 1));
     }
 
+    // Factor of a row of v_b.
+    float loudness(int64_t row) const {
+        return row % n_value != 0 ? 1.0f : values == "loud" ? 3000.0f : values == "massive" ? 0.1f : 1.0f;
+    }
+
     int64_t cell(int64_t key) const { return backwards && key < n_keys ? n_keys - 1 - key : key; }
 
     bool visible(int64_t stream, int64_t query, int64_t key) const {
@@ -95,18 +101,12 @@ struct LatentShape {
 
 inline std::string name_of(const LatentShape & s) {
     return text(
-        "%s %s weights %s queries %d keys %d heads %d streams %d latent %d mask %s spread %g query %g values %g to "
-        "%g%s%s shift %g%s sink %g gap %d%s%s%s%s",
+        "%s %s weights %s queries %d keys %d heads %d streams %d latent %d of %d mask %s spread %g query %g %s values "
+        "%g to %g%s period %d heavy %g shift %g%s sink %g gap %d%s%s%s%s",
         s.expand ? "decompressed" : "absorbed", ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries,
-        (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_latent, s.mask.c_str(), s.spread, s.query,
-        s.first, s.last, s.alike ? " alike" : "",
-        s.massive != 0.0f  ? " one massive"
-        : s.loud != 1.0f   ? " one loud"
-        : s.common != 0.0f ? " one common"
-        : s.twins          ? " twins"
-                           : "",
-        s.shift, s.rising ? " rising" : "", s.sink, (int) s.gap, s.one_mask ? " one mask" : "",
-        s.poison ? " poisoned" : "",
+        (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_out(), (int) s.n_latent, s.mask.c_str(), s.spread,
+        s.query, s.values.c_str(), s.first, s.last, s.alike ? " alike" : "", (int) s.period, s.heavy, s.shift,
+        s.rising ? " rising" : "", s.sink, (int) s.gap, s.one_mask ? " one mask" : "", s.poison ? " poisoned" : "",
         s.backwards ? " backwards"
         : s.ordered ? " ordered"
                     : "",
@@ -177,35 +177,57 @@ class LatentCase {
 
     // Normalised mean square error over n_check of the rows, spread evenly, of their values from d0 on.
     double nmse(int64_t n_check, int64_t d0 = 0) const {
-        return nmse_of(n_check, d0, [&](int64_t row) {
-            const float * data = (const float *) out->data + row * s.n_out();
-            return std::vector<double>(data, data + s.n_out());
-        });
+        return error_of(n_check, d0, [&](int64_t row) { return values_of(row); }).total.nmse();
+    }
+
+    // The largest NMSE of one of these rows.
+    double worst_nmse(int64_t n_check) const {
+        return error_of(n_check, 0, [&](int64_t row) { return values_of(row); }).worst;
     }
 
     // That of upstream's CUDA kernels, with the roundings that they have at least: see upstreams().
     double upstreams_nmse(int64_t n_check) const {
-        return nmse_of(n_check, 0, [&](int64_t row) { return upstreams(row); });
+        return error_of(n_check, 0, [&](int64_t row) { return upstreams(row); }).total.nmse();
     }
 
     // Makes the weights of the first value of the first head NaN.
     void break_first_value() { memset(v_b->data, 0xff, v_b->nb[1]); }
 
   private:
-    template <typename F> double nmse_of(int64_t n_check, int64_t d0, const F & result_of) const {
+    struct Squares {
         double error = 0.0;
         double power = 0.0;
-        n_check      = std::min(n_check, s.n_rows());
+
+        double nmse() const { return power == 0.0 ? error : error / power; }
+    };
+
+    struct RowErrors {
+        Squares total;
+        double  worst = 0.0;  // NMSE of a row
+    };
+
+    template <typename F> RowErrors error_of(int64_t n_check, int64_t d0, const F & result_of) const {
+        RowErrors found;
+        n_check = std::min(n_check, s.n_rows());
         for (int64_t i = 0; i < n_check; ++i) {
             const int64_t             row  = n_check == 1 ? 0 : i * (s.n_rows() - 1) / (n_check - 1);
             const std::vector<double> want = oracle(row);
             const std::vector<double> got  = result_of(row);
+            Squares                   of_row;
             for (int64_t d = d0; d < s.n_out(); ++d) {
-                error += (got[d] - want[d]) * (got[d] - want[d]);
-                power += want[d] * want[d];
+                of_row.error += (got[d] - want[d]) * (got[d] - want[d]);
+                of_row.power += want[d] * want[d];
             }
+            found.total.error += of_row.error;
+            found.total.power += of_row.power;
+            found.worst = std::max(found.worst, of_row.nmse());
         }
-        return power == 0.0 ? error : error / power;
+        return found;
+    }
+
+    std::vector<double> values_of(int64_t row) const {
+        const float * data = (const float *) out->data + row * s.n_out();
+        return std::vector<double>(data, data + s.n_out());
     }
 
     LatentShape        s;
@@ -299,20 +321,27 @@ class LatentCase {
         }
     }
 
-    // Changes a row of the cache, already filled with random values, for `common`, `massive` or `twins`.
+    // Changes a row of the cache, already filled with random values, for `values` and `period`.
     void change(char * row, float * values, int64_t stream, int64_t key) const {
-        if (s.twins) {
-            memcpy(row, (char *) cache->data + stream * cache->nb[3] + s.cell(1) * cache->nb[1], cache->nb[1]);
-            std::copy_n(values - (key - 1) * s.n_cache(), s.n_cache(), values);
-        } else {
-            if (s.massive != 0.0f) {
-                memset(row, 0, s.n_latent * sizeof(ggml_fp16_t));
-                std::fill_n(values, s.n_latent, 0.0f);
-            }
-            values[0]               = to_half(s.common + s.massive);
-            const ggml_fp16_t first = ggml_fp32_to_fp16(values[0]);
-            memcpy(row, &first, sizeof(first));
+        if (s.period > 0 && key > s.period) {
+            const int64_t first = 1 + (key - 1) % s.period;
+            memcpy(row, (char *) cache->data + stream * cache->nb[3] + s.cell(first) * cache->nb[1], cache->nb[1]);
+            std::copy_n(values - (key - first) * s.n_cache(), s.n_cache(), values);
         }
+        if (s.values == "massive" && key == 0) {
+            memset(row, 0, s.n_latent * sizeof(ggml_fp16_t));
+            std::fill_n(values, s.n_latent, 0.0f);
+        }
+        if (s.values == "common" || (s.values == "massive" && key == 0)) {
+            set_half(row, values, 22.0f);
+        }
+    }
+
+    // The first value of a row of halves, and the same as float32.
+    static void set_half(void * row, float * values, float value) {
+        const ggml_fp16_t half = ggml_fp32_to_fp16(value);
+        memcpy(row, &half, sizeof(half));
+        values[0] = ggml_fp16_to_fp32(half);
     }
 
     void fill() {
@@ -331,14 +360,12 @@ class LatentCase {
         }
         for (auto [t, values] : { std::pair{ k_b, &k_b_f }, std::pair{ v_b, &v_b_f } }) {
             for (int64_t i = 0; i < ggml_nrows(t); ++i) {
-                const bool loud = t == v_b && i % s.n_value == 0;
-                fill_row(t->type, (char *) t->data + i * t->nb[1], t->ne[0], deviation * (loud ? s.loud : 1.0f),
-                         values->data() + i * t->ne[0]);
-                if (t == v_b && (s.common != 0.0f || s.massive != 0.0f)) {
-                    const bool    reads     = s.massive != 0.0f && i % s.n_value == 0;
-                    ggml_fp16_t * first     = (ggml_fp16_t *) ((char *) t->data + i * t->nb[1]);
-                    *first                  = ggml_fp32_to_fp16(reads ? 0.1f : 0.1f * (*values)[i * t->ne[0]]);
-                    (*values)[i * t->ne[0]] = ggml_fp16_to_fp32(*first);
+                char *      row    = (char *) t->data + i * t->nb[1];
+                float *     as_f   = values->data() + i * t->ne[0];
+                const float factor = t == v_b ? s.loudness(i) : 1.0f;
+                fill_row(t->type, row, t->ne[0], deviation * factor, as_f);
+                if (t == v_b && (s.values == "common" || s.values == "massive")) {
+                    set_half(row, as_f, s.values == "massive" && i % s.n_value == 0 ? 0.1f : 0.1f * as_f[0]);
                 }
             }
         }
@@ -359,7 +386,7 @@ class LatentCase {
                          : s.rising        ? 2.0f - (float) key / (float) s.n_keys
                                            : 1.0f,
                          s.alike);
-                if (key < s.n_keys && (s.common != 0.0f || (s.massive != 0.0f && key == 0) || (s.twins && key > 1))) {
+                if (key < s.n_keys) {
                     change(row, &cache_f[(stream * s.n_keys + key) * s.n_cache()], stream, key);
                 }
                 if (s.poison && !seen) {

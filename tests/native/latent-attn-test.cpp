@@ -73,29 +73,34 @@ static void check_values(LatentShape s) {
     s.first = s.last = 1.0f;
 
     // rounding errors that are equal for many keys must not add up
-    LatentShape twins = s;
-    twins.twins       = true;
-    for (const float heavy : { 9.0f, 10.5f, 11.5f }) {
-        twins.heavy = heavy;
-        check(twins);
+    for (const int64_t period : { 1, 2, 32 }) {
+        LatentShape repeated = s;
+        repeated.period      = period;
+        for (const float heavy : { 9.0f, 10.5f, 11.5f }) {
+            repeated.heavy = heavy;
+            check(repeated);
+        }
     }
     if (s.cache == GGML_TYPE_F16) {
         LatentShape common = s;
-        common.common      = 22.0f;
+        common.values      = "common";
         check(common);
-        // an attention sink of one channel, which a quiet row of v_b reads
-        LatentShape sink = s;
-        sink.massive     = 22.0f;
+        LatentShape sink = s;  // an attention sink of one channel
+        sink.values      = "massive";
         sink.heavy       = 9.0f;
-        sink.loud        = 0.1f;
         check(sink);
+    }
+    for (const int64_t n_value : { 24, 40 }) {  // no multiple of a vector
+        LatentShape narrow = s;
+        narrow.n_value     = n_value;
+        check(narrow);
     }
 
     LatentShape loud = s;
-    loud.loud        = 3000.0f;
+    loud.values      = "loud";
     LatentCase attention(loud);
     attention.compute(2);
-    const double error = attention.nmse(12, 1);
+    double error = attention.nmse(12, 1);
     expect(error <= limit_of(s.cache), name_of(loud) + text(": NMSE of the other values %g", error));
 
     s.mask = "blind";  // the result of the first query is zero, whatever the weights are
@@ -109,6 +114,8 @@ static void check_values(LatentShape s) {
         only = only && std::isnan(found[i]) == (row >= s.n_heads && row % s.n_heads == 0 && i % s.n_value == 0);
     }
     expect(only, name_of(s) + ": expected NaN in the first value of the first head only");
+    error = broken.nmse(12, 1);
+    expect(error <= limit_of(s.cache), name_of(s) + text(": NMSE of the values beside NaN %g", error));
 }
 
 // The mark for accurate kernels selects float32.
@@ -118,6 +125,8 @@ static void check_exact(LatentShape s) {
     const std::vector<float> usual = integers.result();
     double                   error = integers.nmse(12);
     expect(error <= 2e-8, name_of(s) + text(": NMSE against float64 %g", error));
+    error = integers.worst_nmse(36);
+    expect(error <= 2e-8, name_of(s) + text(": NMSE of a row against float64 %g", error));
     s.exact = true;
     LatentCase attention(s);
     attention.compute(2);
