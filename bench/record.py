@@ -35,6 +35,7 @@ _PARTS = {"command": str, "created": str, "machine": dict, "engines": dict, "lim
 _AGAIN = "measure again"
 _DAMAGED = KeyError, IndexError, TypeError, AttributeError  # where a record lacks something
 MACHINE_SCHEMA = 4  # of a machine's file: {schema, machine, engines: [...], records: [...]}
+_RATES_RIGHT = "2026-11-27"  # from this day on, int8 rates are right
 _MOST_INT8 = 4.4  # times the float32 rate: a vector has four times as many bytes as floats
 _NEWER = {1: SCHEMA, 2: MACHINE_SCHEMA}  # schemas of earlier versions, and what they become
 
@@ -158,8 +159,11 @@ def _damaged(file: Path, error: Exception) -> EngineError:
 def _leave_out_wrong_rates(record: Data) -> None:
     """Leave out int8 rates if one of them is too high, and the least times that they bound.
 
-    Until 2026-11-26 peaks.cpp, compiled for AVX2, computed one product for all sums: it measured additions.
+    Until 2026-11-26 peaks.cpp, compiled for AVX2, computed one product for all sums: it measured additions. Later, and
+    on devices, a high ratio is a float32 rate that was measured too low.
     """
+    if record.get("device") or record["created"] >= _RATES_RIGHT:
+        return
     cells = [cell for model in record["models"] for cell in model["cells"]]
     all_rates = [*record["limits"], *(cell["floor"]["limits"] for cell in cells if cell["floor"])]
     if all((rates["int8"] or 0) <= _MOST_INT8 * rates["f32"] for rates in all_rates):
@@ -219,7 +223,7 @@ def load(file: Path, schemas: Sequence[int] = (SCHEMA,)) -> Data:
     try:
         record: Data = json.loads(file.read_text())
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineError(what, found=str(error), todo="name a file of --json") from None
     if isinstance(found, int) and found in _NEWER:
         record = _renamed(record) | {"schema": _NEWER[found]}

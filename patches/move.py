@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def folders_in(archive: Path) -> tuple[str, str]:
     try:
         with tarfile.open(archive) as tar:
             names = set(tar.getnames())
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise PatchError(
             f"{archive}: not a source archive", found=str(error), todo="give a .tar.gz"
         ) from error

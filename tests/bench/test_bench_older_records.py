@@ -67,6 +67,27 @@ def test_int8_rates_that_no_processor_has_are_left_out(tmp_path: Path) -> None:
         assert ("unknown" in (tmp_path / f"{bound}.md").read_text()) == (bound == "products")
 
 
+@pytest.mark.parametrize(
+    "change", [{"created": "2026-11-27T00:00:00+00:00"}, {"device": {"description": "a GPU"}}]
+)
+def test_int8_rates_of_later_records_and_of_devices_stay(change: dict[str, object], tmp_path: Path) -> None:
+    """There a high ratio is a float32 rate that was measured too low."""
+    data = json.loads(golden(3).read_text()) | change
+    for rates in data["limits"]:
+        rates["int8"] = 5.6 * rates["f32"]
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps(data))
+    (record,) = load_all(file)
+    assert record["limits"] == data["limits"] != []
+
+
+def test_a_record_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    file.write_text("[" * 200_000)
+    with pytest.raises(EngineError, match="not a record of the bench"):
+        load_all(file)
+
+
 def test_a_cell_without_a_least_time_is_damage(tmp_path: Path) -> None:
     data = json.loads(golden(3).read_text())
     del data["models"][0]["cells"][0]["floor"]

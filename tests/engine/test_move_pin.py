@@ -199,3 +199,11 @@ def test_an_invalid_command_line_is_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
+
+
+def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "other.tar.gz"
+    tiny_llama.pack(archive, {f"other/{i}.py": f"x = {i}\n" * 1000 for i in range(20)})
+    archive.write_bytes(archive.read_bytes()[:-200])
+    with pytest.raises(PatchError, match=r"other\.tar\.gz: not a source archive"):
+        folders_in(archive)
