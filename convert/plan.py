@@ -49,8 +49,7 @@ class Plan:
 
     def weights(self, tensor: PlannedTensor) -> Values | None:
         """The importances of a tensor's columns, 1-D, one set per expert or head; None if they are unknown."""
-        found = self.importances.weights.get(tensor.name) if self.importances else None
-        return found if found is not None and len(found) == tensor.output.columns else None
+        return self.importances.of(tensor.name, tensor.output.columns) if self.importances else None
 
     @cached_property
     def files(self) -> tuple[PlannedFile, ...]:
@@ -150,16 +149,11 @@ def _check_importances(tensors: list[PlannedTensor], importances: Importances) -
 
 def _check_needs(tensors: list[PlannedTensor], request: TypeRequest, importances: Importances | None) -> None:
     """Refuse types that need importances for tensors that have none; the result would be useless."""
-    known = importances.weights if importances else {}
-
-    def usable(tensor: PlannedTensor) -> bool:
-        weights = known.get(tensor.name)  # those of the embedding can have another length
-        return weights is not None and len(weights) == tensor.output.columns
-
     lacking = [
         tensor
         for tensor in tensors
-        if not usable(tensor) and needs_importances(tensor.name, tensor.type, request.file_type)
+        if (importances is None or importances.of(tensor.name, tensor.output.columns) is None)
+        and needs_importances(tensor.name, tensor.type, request.file_type)
     ]
     if not lacking:
         return

@@ -63,7 +63,7 @@ minus the measured one, in percent of the measured one (negative: the simulation
 
 {real}"""
 EARLIER = """\
-The same for {name}, instead of patched:
+The same for {name}, instead of patched (`--earlier FOLDER NAME`):
 
 {table}
 """

@@ -187,7 +187,7 @@ def validate(
         seconds=round(time.monotonic() - began, 1),
         gguf=gguf_facts,
         checkpoint=checkpoint_facts,
-        ids=provenance.ids_facts(ids, provenance.readable(request.source), generated),
+        ids=provenance.ids_facts(ids, request.source, generated),
         engine=engine_facts(engine),
         machine=machine_facts(),
         reference=provenance.reference_facts(checkpoint.config.architecture, request.dtype),

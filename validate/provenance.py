@@ -78,7 +78,7 @@ def checkpoint_facts(checkpoint: Checkpoint, progress: Callable[[int, int], None
 def ids_facts(ids: np.ndarray[Any, Any], text_source: str, generated: int) -> Facts:
     """Source, count, and the SHA-256 of the ids as little-endian 32-bit integers."""
     return {
-        "source": text_source,
+        "source": readable(text_source),
         "count": len(ids),
         "generated": generated,
         "sha256": hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest(),

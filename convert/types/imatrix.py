@@ -35,6 +35,11 @@ class Importances:
     dataset: str | None
     chunks: int
 
+    def of(self, tensor: str, columns: int) -> Values | None:
+        """A tensor's weights; None if it has none, or not one for each column (those of the embedding may not)."""
+        found = self.weights.get(tensor)
+        return found if found is not None and len(found) == columns else None
+
 
 def read_importances(path: Path) -> Importances:
     """Read either format. Raises `ConvertError` or `GgufError` if the file is damaged, empty, or not finite."""
