@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kimi_gguf.engine.archive import file_sha256, unpack
+from kimi_gguf.engine.interrupts import INTERRUPTED
 from kimi_gguf.patches.errors import KimiError, PatchError
 from kimi_gguf.patches.move import APPLIES, CONFLICTS, Trial, folders_in, ggml_version, try_series, write_pin
 from kimi_gguf.patches.pin import PIN_FILE, Pin, load_pin
@@ -77,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KimiError as error:
         print(f"move-pin: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def move(

@@ -30,6 +30,7 @@ from typing import Any, Final
 from kimi_gguf.engine.build_spec import EMULATOR, MACHINE, PROGRAMS, SYSTEM
 from kimi_gguf.engine.builds import Engine, ensure, upstream_source
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.interrupts import INTERRUPTED
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import VARIABLES, program_words
 from kimi_gguf.engine.version import VERSION
@@ -77,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KimiError, OSError) as error:
         print(f"release: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
     for path in paths:
         print(f"{path.stat().st_size:>12,}  {path}")
     return 0

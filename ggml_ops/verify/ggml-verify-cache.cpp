@@ -97,7 +97,9 @@ static bool is_outdated(const ggml_verify_report & report, const fs::path & path
                    result.state == GGML_VERIFY_ABSENT;
         });
     std::error_code error;
-    return !checked && fs::last_write_time(path, error) < fs::file_time_type::clock::now() - std::chrono::hours(24);
+    const auto      now     = fs::file_time_type::clock::now();
+    const auto      written = fs::last_write_time(path, error);  // may be after now: the clock was set back
+    return !checked && (written > now || written < now - std::chrono::hours(24));
 }
 
 void ggml_verify_forget(const ggml_verify_report & report) {

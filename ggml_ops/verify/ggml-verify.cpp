@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <vector>
 
@@ -147,14 +148,22 @@ static double seconds_allowed() {
     return found;
 }
 
-// The library with the kernels, and a hash that changes with it, with ggml's common code and with the program.
+// The library with the kernels, and a hash that changes with it, with ggml's common code, with the CPU backends, whose
+// results are the expected ones, and with the program.
 static std::string build_of(const std::string & library) {
-    const void * const common = (const void *) &ggml_verify_device;
-    std::string        files;
-    for (const std::string & path : { library, ggml_verify_library_of(common), ggml_verify_program() }) {
-        std::error_code error;
-        const auto      size = std::filesystem::file_size(path, error);
-        const auto      time = std::filesystem::last_write_time(path, error).time_since_epoch().count();
+    const std::string     common = ggml_verify_library_of((const void *) &ggml_verify_device);
+    std::set<std::string> paths  = { library, common, ggml_verify_program() };
+    std::error_code       error;
+    const auto            folder = std::filesystem::path(common).parent_path();
+    for (const auto & entry : std::filesystem::directory_iterator(folder, error)) {
+        if (entry.path().filename().string().rfind("libggml-cpu", 0) == 0) {
+            paths.insert(entry.path().string());
+        }
+    }
+    std::string files;
+    for (const std::string & path : paths) {
+        const auto size = std::filesystem::file_size(path, error);
+        const auto time = std::filesystem::last_write_time(path, error).time_since_epoch().count();
         files += path + "\t" + std::to_string(size) + "\t" + std::to_string((int64_t) time) + "\n";
     }
     return library + ", " + ggml_verify_hash(files);

@@ -193,6 +193,22 @@ class LatentCase {
     // Makes the weights of the first value of the first head NaN.
     void break_first_value() { memset(v_b->data, 0xff, v_b->nb[1]); }
 
+    // Makes all values of a key NaN; or, in caches of floats, the last latent value -inf.
+    void break_key(int64_t stream, int64_t key, bool infinite) {
+        char * row = (char *) cache->data + stream * cache->nb[3] + s.cell(key) * cache->nb[1];
+        if (infinite) {
+            const float value = -INFINITY;
+            char *      at    = row + (s.n_latent - 1) * ggml_type_size(s.cache);
+            s.cache == GGML_TYPE_F32 ? (void) memcpy(at, &value, sizeof(value))
+                                     : ggml_get_type_traits(s.cache)->from_float_ref(&value, at, 1);
+        } else {
+            memset(row, 0xff, cache->nb[1]);
+        }
+    }
+
+    // Makes one value of a row of q NaN.
+    void break_query(int64_t row) { ((float *) ((char *) q->data + row * q->nb[1]))[s.n_key() / 2] = NAN; }
+
   private:
     struct Squares {
         double error = 0.0;

@@ -118,6 +118,44 @@ static void check_values(LatentShape s) {
     expect(error <= limit_of(s.cache), name_of(s) + text(": NMSE of the values beside NaN %g", error));
 }
 
+// A key that is not finite makes the results of the queries that see it NaN, and those only; a query with NaN its own.
+static void check_broken(const LatentShape & s) {
+    if (!chosen()) {
+        return;
+    }
+    const std::vector<float> whole      = result_of(s, 1);
+    const auto               expect_nan = [&](LatentCase & broken, const char * what, const auto & is_broken) {
+        broken.compute(2);
+        const std::vector<float> found  = broken.result();
+        int64_t                  finite = 0;
+        int64_t                  other  = 0;
+        for (size_t i = 0; i < found.size(); ++i) {
+            const int64_t row = i / s.n_out();
+            if (is_broken(row / s.n_heads / s.n_queries, row)) {
+                finite += !std::isnan(found[i]);
+            } else {
+                other += memcmp(&found[i], &whole[i], sizeof(float)) != 0;
+            }
+        }
+        expect(finite == 0 && other == 0, name_of(s) + text(": %s: %d values are not NaN, %d others have other bits",
+                                                            what, (int) finite, (int) other));
+    };
+    for (const int64_t key : { (int64_t) 0, (int64_t) 70, s.n_keys - 1 }) {
+        for (const bool infinite : { false, true }) {
+            if (!infinite || !ggml_is_quantized(s.cache)) {
+                LatentCase broken(s);
+                broken.break_key(0, key, infinite);
+                expect_nan(broken, infinite ? "infinite key" : "NaN key", [&](int64_t stream, int64_t row) {
+                    return stream == 0 && s.visible(stream, row / s.n_heads % s.n_queries, key);
+                });
+            }
+        }
+    }
+    LatentCase broken(s);
+    broken.break_query(2 * s.n_heads);
+    expect_nan(broken, "NaN query", [&](int64_t, int64_t row) { return row == 2 * s.n_heads; });
+}
+
 // The mark for accurate kernels selects float32.
 static void check_exact(LatentShape s) {
     LatentCase integers(s);
@@ -198,6 +236,13 @@ int main() {
             odd.mask        = "none";
             odd.n_heads     = 32;
             check(odd);
+            for (const char * mask : { "causal", "mixed" }) {
+                for (const int64_t n_keys : { 150, 2000 }) {
+                    LatentShape s = base.with(9, n_keys);
+                    s.mask        = mask;
+                    check_broken(s);
+                }
+            }
             if (expand) {
                 LatentShape values = base.with(3, 300);
                 values.mask        = "none";

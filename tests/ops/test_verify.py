@@ -411,13 +411,15 @@ def test_a_tilde_in_the_name_of_the_cache_is_the_home_folder(world: World, tmp_p
     assert len(files(tmp_path / "cache")) == 1
 
 
+@pytest.mark.parametrize("age", [25, -1])
 @pytest.mark.parametrize(("fault", "repeated"), [("CRASHES", True), ("SPOILS", False)])
 def test_what_crashed_is_checked_again_after_a_day(
-    fault: str, repeated: bool, world: World, tmp_path: Path
+    fault: str, repeated: bool, age: int, world: World, tmp_path: Path
 ) -> None:
+    """Or if the clock was set back. age: hours."""
     world.play(tmp_path, **{f"SECOND_{fault}": "KDA_CONV"})
     (file,) = files(tmp_path)
-    for hours, expected in ((23, False), (25, repeated)):
+    for hours, expected in ((23, False), (age, repeated)):
         changed = time.time() - 3600 * hours
         os.utime(file, (changed, changed))
         played = world.play(tmp_path)
@@ -456,7 +458,7 @@ def test_another_device_of_the_same_build_is_checked_again(world: World, tmp_pat
 
 
 def test_a_file_of_the_build_that_changes_is_checked_again(world: World, tmp_path: Path) -> None:
-    """The library with the kernels, ggml's common library, and the program."""
+    """The library with the kernels, ggml's common library, a library of the CPU, and the program."""
     build = tmp_path / "build"
     shutil.copytree(world.engine.lib, build / "lib", symlinks=True)
     (build / "bin").mkdir()
@@ -465,8 +467,9 @@ def test_a_file_of_the_build_that_changes_is_checked_again(world: World, tmp_pat
     backend = Path(shutil.copy(world.backend, tmp_path))
     own = replace(world, engine=replace(world.engine, prefix=build), backend=backend)
     (common,) = {each.resolve() for each in (build / "lib").glob("libggml-base.*")}
+    cpu = next(each.resolve() for each in (build / "lib").glob("libggml-cpu*"))
     assert CHECKS in own.play(tmp_path).log
-    for file in (backend, common, program):
+    for file in (backend, common, cpu, program):
         assert CHECKS not in own.play(tmp_path).log
         os.utime(file, (0, 0))
         assert CHECKS in own.play(tmp_path).log

@@ -137,6 +137,21 @@ def test_a_file_of_another_model_or_cache_is_refused(
         assert "K cache type: expected q8_0, found f32" in str(refusal(server, "slot.bin"))
 
 
+def test_a_model_that_differs_only_in_its_last_byte_is_another(
+    tmp_path: Path, engine: Engine, gguf: Path, start: Start
+) -> None:
+    with start() as server:
+        ask(server)
+        server.slot("save")
+    other = bytearray(gguf.read_bytes())
+    other[-1] ^= 1
+    (tmp_path / "other.gguf").write_bytes(other)
+    with serving(
+        engine, tmp_path, tmp_path / "other.gguf", "-np", "1", "--slot-save-path", f"{tmp_path}/"
+    ) as server:
+        assert "another model" in str(refusal(server, "slot.bin"))
+
+
 def damaged(content: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
     """Truncated files, files with changed bytes, and files with bytes that were removed or added."""
     chance = random.Random(seed)

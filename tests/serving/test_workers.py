@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from llama_script import PlayError, Setup, assert_same, decode, play, text
 from llama_server import EXACT, Server, free_port, serving
+from native_program import compile_program, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 from rpc_workers import RpcWorker, network, rpc_workers
 from synthetic_case import make_gguf
@@ -120,6 +121,16 @@ def test_logits_have_the_same_bits(count: int, engine: Engine, small: Path, tmp_
     assert "kda: operators in use" in remote.log
     assert "stays absorbed" not in remote.log
     assert np.array_equal(remote.logits, local.logits)
+
+
+def test_attention_gets_the_memory_that_the_workers_device_needs(
+    engine: Engine, metal_backend: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an emulated Metal device: its absorbed attention writes the results of splits behind the result."""
+    program = compile_program(engine, "rpc-size-test.cpp", tmp_path)
+    monkeypatch.setenv("GGML_BACKEND_PATH", str(metal_backend))
+    with rpc_workers(engine, tmp_path, 1, "--device", "MTL0") as [worker]:
+        run_program(program, metal_backend, worker.endpoint)
 
 
 def test_a_server_answers_the_same_over_two_workers(engine: Engine, gguf: Path, tmp_path: Path) -> None:

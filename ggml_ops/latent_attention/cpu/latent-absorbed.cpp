@@ -306,11 +306,13 @@ void attend(const ggml_tensor * dst,
         if constexpr (INTEGER) {
             read_codes(tile, k->type, k_data, k->nb[1], codes);
             score_int16(n_cols, codes, (const int32_t *) queries, queries + p.at_q_scale, scores);
+            isolate_keys(tile.n_keys, p.dv / CODES_A_SCALE, codes.n_scales(), codes.scales, n_cols, scores);
         } else {
             read_rows(tile, k->type, k_data, k->nb[1], p.dk, keys, p.ld_tile);
             multiply_in_steps({ tile.n_keys, n_cols, p.dk, keys, p.ld_tile, 1, in_rows(queries, n_cols),
                                 in_rows(scores, n_cols), nullptr, &ahead },
                               STEP_LATENT);
+            isolate_keys(tile.n_keys, p.dv, p.ld_tile, keys, n_cols, scores);
         }
         if (tile.masked) {
             mask_scores(p, tile, masks, block, n_cols, scores);
@@ -335,12 +337,12 @@ void attend(const ggml_tensor * dst,
 
 // Adds the sums of row i of a split to those of the splits before it.
 void add_split(const Plan & p, const float * split, int64_t i, float * total) {
-    if (split[i] == -INFINITY) {
+    if (split[p.at_sum + i] == 0.0f) {
         return;
     }
     const float * more = split + p.at_out + i * p.dv;
     float *       out  = total + p.at_out + i * p.dv;
-    if (total[i] == -INFINITY) {
+    if (total[p.at_sum + i] == 0.0f) {
         total[i]            = split[i];
         total[p.at_sum + i] = split[p.at_sum + i];
         std::copy(more, more + p.dv, out);
@@ -360,7 +362,7 @@ void add_split(const Plan & p, const float * split, int64_t i, float * total) {
 }
 
 void write_sums(const ggml_tensor * dst, const Plan & p, const Block & block, int64_t i, const float * total) {
-    if (total[i] == -INFINITY) {
+    if (total[p.at_sum + i] == 0.0f) {  // out was not written
         float * result = result_row(dst, block.stream, block.row0 + i);
         std::fill(result, result + p.dv, 0.0f);
         return;

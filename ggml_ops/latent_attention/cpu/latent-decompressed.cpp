@@ -186,7 +186,7 @@ ValueUnits value_units(const Plan & p, float * own) {
 
 // Expands the tile's rows of the cache to keys [NOPE, ROPE] and, in panels, values of one head.
 void expand(const Plan & p, int n_keys, const float * weights, float * own) {
-    const float * latents   = own + p.at_tile;
+    float *       latents   = own + p.at_tile;
     float *       keys      = own + p.at_key;
     float *       values    = own + p.at_value;
     const int64_t ld_latent = align(p.s.n_cache);
@@ -197,6 +197,7 @@ void expand(const Plan & p, int n_keys, const float * weights, float * own) {
                           STEP_LATENT);
     };
     product(p.s.n_nope, weights, in_rows(keys, ld_key));
+    isolate_keys(n_keys, p.s.n_latent, ld_latent, latents, ld_key, keys);  // with such keys, scores are NaN, too
     for (int i = 0; i < n_keys; ++i) {
         memcpy(keys + i * ld_key + p.s.n_nope, latents + i * ld_latent + p.s.n_latent,
                (p.s.n_key - p.s.n_nope) * sizeof(float));

@@ -10,17 +10,23 @@ namespace latent {
 
 #if LATENT_INT16
 
+// NaN if a value is not finite.
 static float largest_magnitude(const float * x, int64_t n) {
     vf      largest = v_set(0.0f);
+    vf      nothing = v_set(0.0f);  // NaN if a value is not finite
     int64_t i       = 0;
     for (; i + LANES <= n; i += LANES) {
-        largest = v_max(largest, _mm512_abs_ps(v_load(x + i)));
+        const vf value = v_load(x + i);
+        largest        = v_max(largest, _mm512_abs_ps(value));
+        nothing        = v_fma(value, v_set(0.0f), nothing);
     }
-    float r = _mm512_reduce_max_ps(largest);
+    float r    = _mm512_reduce_max_ps(largest);
+    float rest = _mm512_reduce_add_ps(nothing);
     for (; i < n; ++i) {
         r = fabsf(x[i]) > r ? fabsf(x[i]) : r;
+        rest += x[i] * 0.0f;
     }
-    return r;
+    return r + rest;
 }
 
 float round_pairs(const float * x, int64_t n, int64_t d0, int64_t d1, int32_t * pairs, int64_t ldp) {

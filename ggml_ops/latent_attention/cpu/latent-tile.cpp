@@ -123,6 +123,21 @@ void add_mask(
     }
 }
 
+bool all_finite(const float * x, int64_t n) {
+    return std::all_of(x, x + n, [](float value) { return std::isfinite(value); });
+}
+
+void isolate_keys(int n_keys, int64_t n, int64_t ld, float * values, int64_t n_cols, float * scores) {
+    for (int i = 0; i < n_keys; ++i) {
+        float * score = scores + i * n_cols;
+        float * row   = values + i * ld;
+        if (!std::isfinite(score[0]) && !all_finite(row, n)) {
+            std::fill(score, score + n_cols, NAN);
+            std::fill(row, row + n, 0.0f);
+        }
+    }
+}
+
 bool can_read_rows(ggml_type type) {
     return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float != nullptr;
 }

@@ -28,10 +28,11 @@ std::string server_file_identity(const std::string & path) {
         }
         const uint64_t size = file.tellg();
         hash.add(&size, sizeof(size));
+        const bool is_large = size > HEAD + SAMPLE;
         file.seekg(0);
-        bool ok = hash.add(file, std::min(size, HEAD));
-        for (uint64_t i = 0; ok && size > HEAD + SAMPLE && i < N_SAMPLES; i++) {
-            file.seekg(HEAD + (size - HEAD - SAMPLE) / (N_SAMPLES - 1) * i);
+        bool ok = hash.add(file, is_large ? HEAD : size);
+        for (uint64_t i = 0; ok && is_large && i < N_SAMPLES; i++) {  // the last one ends with the file
+            file.seekg(HEAD + (size - HEAD - SAMPLE) * i / (N_SAMPLES - 1));
             ok = hash.add(file, SAMPLE);
         }
         if (!ok) {
