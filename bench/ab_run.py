@@ -94,6 +94,7 @@ class Loaded:
     not_measured: list[dict[str, Any]] = field(default_factory=list)  # options of a cell, and the reason
     resident: dict[str, dict[str, float]] = field(default_factory=dict)  # process -> MiB (in_turns.py)
     read: dict[str, float] = field(default_factory=dict)  # variant and cell -> bytes read from disk per token
+    peaks: list[dict[str, Any]] = field(default_factory=list)  # peak rates around the turns (in_turns.py)
 
 
 class Runners:

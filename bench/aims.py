@@ -6,9 +6,9 @@ Input: records of one device. Output: a table; goals without a measurement are "
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from kimi_gguf.bench.cells import UBATCH
+from kimi_gguf.bench.merging import cell_key, merged, operator_rows
 from kimi_gguf.bench.report import Data, Rows, describe
 
 KDA_TOKENS = 8192
@@ -20,8 +20,9 @@ PREFILL = {0: 1.0, 16384: 1.3}
 
 
 def aims_table(records: Sequence[Data]) -> Rows:
-    """Each goal of the device's backend, and the worst measurement."""
-    cells = [cell for record in records for model in record["models"] for cell in model["cells"]]
+    """Each goal of the device's backend, and the worst measurement that is not superseded."""
+    models = merged(records).values()
+    cells = [cell for model in models for cell in model["cells"]]
     ratios = [(float(cell["ratio"]), cell) for cell in cells]
     alone = [(ratio, cell) for ratio, cell in ratios if cell["sequences"] == 1]
     decoding = [(ratio, cell) for ratio, cell in alone if cell["batch"] == 1]
@@ -36,13 +37,14 @@ def aims_table(records: Sequence[Data]) -> Rows:
         ]
         return [header, *goals, everywhere]
     prefill = [(ratio, cell) for ratio, cell in large if KDA_TOKENS in (cell["batch"], cell["depth"])]
+    quantized = [each for model in models for each in _quantized(model["cells"])]
     return [
         header,
-        _kda(row for record in records for row in record.get("device_operators", ())),
+        _kda(operator_rows(records).get("KDA_SCAN", ())),
         _least("prefill at 8192 tokens, patched / upstream", 3.0, prefill),
         _least("decoding of one sequence, patched / upstream", 1.5, decoding),
         everywhere,
-        _least(f"Q8_0 cache from {LONG} tokens, Q8_0 / F16", 1.0, _quantized(cells)),
+        _least(f"Q8_0 cache from {LONG} tokens, Q8_0 / F16", 1.0, quantized),
     ]
 
 
@@ -63,21 +65,20 @@ def _kda(rows: Iterable[Data]) -> tuple[str, ...]:
     """The forward pass of a layer's recurrence."""
     aim, wanted = f"KDA forward, 32 heads of 128, {KDA_TOKENS} tokens", f"{KDA_MOST / 1000:g} ms"
     shape = f"head_size=128,head_count=32,n_seq_tokens={KDA_TOKENS},n_seqs=1,"
-    found = [r["patched"] for r in rows if r["operator"] == "KDA_SCAN" and r["parameters"].startswith(shape)]
+    found = [row["patched"] for row in rows if row["parameters"].startswith(shape)]
     if not found or found[-1] is None:
         return (aim, wanted, "not measured", "open")
     return (aim, wanted, f"{found[-1] / 1000:.2f} ms", "yes" if found[-1] <= KDA_MOST else "no")
 
 
 def _quantized(cells: Sequence[Data]) -> list[tuple[float, Data]]:
-    """Deep cells with a Q8_0 cache that were also measured with F16, with the ratio of their speeds."""
-
-    def key(cell: Data) -> tuple[Any, ...]:
-        return tuple(cell.get(name) for name in ("sequences", "depth", "batch", "ubatch", "threads"))
+    """Deep cells with a Q8_0 cache that were also measured with F16, with the ratio of their speeds. cells: of one
+    model."""
 
     def speed(cell: Data) -> float:
         return float(cell["patched"]["tokens_per_second"])
 
-    speeds = {key(cell): speed(cell) for cell in cells if cell["cache_type"] == "f16"}
+    speeds = {cell_key(cell): speed(cell) for cell in cells}
     deep = [cell for cell in cells if cell["cache_type"] == "q8_0" and cell["depth"] >= LONG]
-    return [(speed(cell) / speeds[key(cell)], cell) for cell in deep if key(cell) in speeds]
+    pairs = [(cell, cell_key(cell | {"cache_type": "f16"})) for cell in deep]
+    return [(speed(cell) / speeds[other], cell) for cell, other in pairs if other in speeds]

@@ -137,7 +137,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="NAME",
         help="use this device of the backend, such as CUDA1 (default: the first)")  # fmt: skip
     add("--workers", metavar="HOST:PORT,..",
-        help="measure on this machine and over these workers, and count the bytes sent and received")  # fmt: skip
+        help="print the speed on this machine and over these workers, and the bytes sent and received; "
+        "makes no record")  # fmt: skip
     add("--threads", type=numbers(1, MAX_THREADS), metavar="N,..",
         help=f"use N CPU threads (default: {CORES}; 4 on a GPU)")  # fmt: skip
     add(

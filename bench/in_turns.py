@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,12 +48,17 @@ class Collected:
 
 
 def measure_in_turns(
-    runners: Runners, cells: Sequence[Cell], chosen: Sequence[Variant], settings: Settings, in_memory: bool
+    runners: Runners,
+    cells: Sequence[Cell],
+    chosen: Sequence[Variant],
+    settings: Settings,
+    in_memory: bool,
+    after_turn: Callable[[], None],
 ) -> list[Result]:
     """Measure each cell in each turn. Raises `EngineError`.
 
     in_memory: the model's file fits in memory, so that decodes may be repeated. Otherwise decodes read experts from
-    disk; repeated, they would find them in memory.
+    disk; repeated, they would find them in memory. after_turn: called when the process of a turn has ended.
     """
     turns = Turns(runners, cells, settings, in_memory)
     processes = list(dict.fromkeys(variant.process for variant in chosen))
@@ -68,6 +73,7 @@ def measure_in_turns(
             memory = resident_memory(running.pid)
             runners.about.resident[process] = {part: size / MIB for part, size in memory.items()}
             runners.stop(process)
+        after_turn()
         if turn + 1 == len(processes):
             for each in turns.logits.values():
                 check_logits(runners.about, each)

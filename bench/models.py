@@ -7,6 +7,7 @@ tensor's type, shape and size. A generated file gets its name when it is complet
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_gguf.bench.families import ARCHITECTURES, FAMILIES
+from kimi_gguf.bench.report import one_line
 from kimi_gguf.bench.shapes import BenchModel, plan_of, quantized_types
 from kimi_gguf.bench.weights import Weights
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.unfinished import Identity, folder_of
 from kimi_gguf.convert.output.writer import write
 from kimi_gguf.convert.plan import Plan
+from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
 from kimi_gguf.convert.types.ggml import LIBRARY, Ggml
 from kimi_gguf.engine.builds import Engine, cache_folder
 from kimi_gguf.engine.errors import EngineError
@@ -30,6 +33,7 @@ from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.toolchain import available_memory
 
 GIB = 2**30
+_TYPE_NAMES = {kind.number: name for name, kind in FILE_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class ModelFile:
     """A GGUF file that can be measured."""
 
     path: Path
-    name: str
+    name: str  # with its type, on one line
     key: str  # tells this file from others, for saved states
     architecture: str
     keys: Mapping[
@@ -159,15 +163,23 @@ def open_model(path: Path) -> ModelFile:
         for name, value in keys.items()
         if name.startswith(prefix) and isinstance(value, int | float | list)
     }
+    name = one_line(str(keys.get("general.name", ""))) or one_line(path.stem)
     stat = path.stat()
     return ModelFile(
         path=path,
-        name=str(keys.get("general.name", path.stem)),
+        name=name_with_type(name, keys.get("general.file_type")),
         key=hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12],
         architecture=architecture,
         keys=numbers,
         tensors=tensors,
     )
+
+
+def name_with_type(name: str, number: object) -> str:
+    """Such as "Some-Model-Q4_K_M": the names in files of all types may be equal. number: the file's type, if it has it;
+    generated files have it in their name."""
+    kind = _TYPE_NAMES.get(number) if isinstance(number, int) else None
+    return name if kind is None or re.search(rf"\b{kind}$", name) else f"{name}-{kind}"
 
 
 def convert_demo(kind: str, reporter: Reporter) -> Path:

@@ -1,11 +1,12 @@
 """Writes the page of measurements.
 
 Input: records. Output: a Markdown page, and a picture next to it for each group of cells. If several records have the
-same cell, the latest counts.
+same cell, the latest counts. Records with different `libraries` have sections of their own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -18,9 +19,11 @@ from kimi_gguf.bench.cells import UBATCH
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.bench.hybrid import MILLION, NAMES, extrapolated
 from kimi_gguf.bench.matmuls import K
+from kimi_gguf.bench.merging import by_age, cell_key, measured_by, merged, operator_rows
 from kimi_gguf.bench.operators import counted
 from kimi_gguf.bench.plot import draw
-from kimi_gguf.bench.report import Data, Rows, mark, markdown, of_roofline
+from kimi_gguf.bench.record import machine_of
+from kimi_gguf.bench.report import Data, Rows, mark, markdown, of_roofline, one_line
 from kimi_gguf.engine.errors import EngineError
 
 PARAMETER = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]*)")  # as test-backend-ops writes them
@@ -74,52 +77,17 @@ attention and recurrence of bytes / copy rate or multiply-adds / rate of the fas
 with the rates of upstream's ggml on this device. In parentheses: what bounds most of this time."""
 DIRTY = "`-dirty`: that commit with changes that were not committed. "
 NO_DEVICE_PEAKS = "The device's peak rates were not measured."
+LIBRARIES = """\
+# Libraries in {name}
 
-
-def cell_key(cell: Data) -> tuple[Any, ...]:
-    """Equal for two cells that measure the same."""
-    key = tuple(cell[name] for name in ("cache_type", "sequences", "threads", "depth", "batch"))
-    return (*key[:3], cell.get("ubatch", UBATCH), *key[3:])
+In these sections *patched* is the build in this folder (`--libraries`).
+"""
+MOST_NAME = 80  # characters of a model's name in a file's name
 
 
 def group_key(cell: Data) -> tuple[Any, ...]:
     """Equal for the cells of one table."""
     return cell_key(cell)[:4]
-
-
-def cache_size(model: Data) -> float:
-    """MiB of the largest KV cache; the memory table is of this record."""
-    contexts = model["about"]["contexts"].values()
-    return max((sum(memory.get("kv", {}).values()) for memory in contexts), default=0.0)
-
-
-def merged(records: Sequence[Data]) -> dict[str, dict[str, Any]]:
-    """Models by name with the cells of all records; the latest of equal cells."""
-    models: dict[str, dict[str, Any]] = {}
-    for record in sorted(records, key=lambda record: str(record["created"])):
-        for model in record["models"]:
-            kinds = ("cells", "commands", "fallbacks", "not_measured", "left_out")
-            into = models.setdefault(model["name"], {"model": model} | {kind: {} for kind in kinds})
-            into["model"] = max(into["model"], model, key=cache_size)
-            about = model["about"]
-            if model["cells"] or about.get("not_measured"):
-                into["commands"][measured_by(record)] = None
-            for lines in about.get("fallbacks", {}).values():
-                into["fallbacks"] |= dict.fromkeys(lines)
-            into["left_out"] |= about.get("left_out", {})
-            into["not_measured"] |= {cell_key(cell): cell for cell in about.get("not_measured", ())}
-            into["cells"] |= {cell_key(cell): cell for cell in model["cells"]}
-    for each in models.values():
-        left = each["not_measured"].keys() - each["cells"].keys()
-        missing = [each["not_measured"][key] for key in sorted(left)]
-        each["about"] = {"not_measured": missing, "left_out": each["left_out"]}
-        each["cells"] = [each["cells"][key] for key in sorted(each["cells"])]
-    return models
-
-
-def measured_by(record: Data) -> str:
-    """The command of a record, its patched build and its day."""
-    return f"`{record['command']}` ({record['engines']['patched']['commit']}, {str(record['created'])[:10]})"
 
 
 def operators_table(rows: Iterable[Data]) -> Rows:
@@ -245,19 +213,20 @@ def write_page(
     if last is None:
         raise EngineError(f"{page}: no records", todo="name records of the bench")
     device = last.get("device")
-    devices = {(record.get("device") or {}).get("description") for record in records}
-    if len(devices) > 1:
+    machines = sorted({machine_of(record) for record in records})
+    if len(machines) > 1:
         raise EngineError(
-            "records of different devices",
-            found=", ".join(sorted(name or "the CPU" for name in devices)),
-            todo="write one page for each device",
+            "records of different machines or devices",
+            found=" and ".join(machines),
+            todo="write one page for each",
         )
     title = title or (f"Bench on {device['description']}" if device else "Bench")
     parts = [f"# {title}\n", introduction(last, records)]
     if others:
         parts.append(f"Other pages: {', '.join(f'[{name}]({file})' for name, file in others)}.\n")
-    if device:
-        parts.append("## Goals\n\n" + markdown(aims_table(records)))
+    groups = by_libraries(records)
+    if device and None in groups:
+        parts.append("## Goals\n\n" + markdown(aims_table(groups[None])))
     limits = {each["threads"]: each for record in records for each in record["limits"]}
     if device and limits:
         table = report.device_peaks_table(next(iter(limits.values())))
@@ -268,12 +237,31 @@ def write_page(
             "memory,\nso its bandwidth changes from minute to minute.\n\n"
             + markdown(report.peaks_table(machine_peaks(records)))
         )
+    for libraries, several in groups.items():
+        if libraries is None:
+            parts += sections(several, page)
+        else:
+            name = one_line(libraries)
+            parts.append(LIBRARIES.format(name=name))
+            parts += sections(several, page.with_stem(f"{page.stem}-{file_name(name)}"))
+    atomically(page, lambda part: part.write_text("\n".join(parts)))
+
+
+def by_libraries(records: Sequence[Data]) -> dict[str | None, list[Data]]:
+    """The records by what they used instead of patched's libraries; those that used patched's come first."""
+    names = sorted({record["libraries"] for record in records}, key=lambda name: name or "")
+    return {name: [record for record in records if record["libraries"] == name] for name in names}
+
+
+def sections(records: Sequence[Data], page: Path) -> list[str]:
+    """The sections of records with the same libraries. page: pictures get its folder and the start of its name."""
+    parts = []
     models = merged(records)
     if cells := [cell for model in models.values() for cell in model["cells"]]:
         parts.append("## All cells\n\n" + report.verdict(cells) + "\n")
-    for name, model in models.items():
+    for title, model in models.items():
         if model["cells"] or model["about"]["not_measured"]:
-            parts.append(model_part(name, model, page))
+            parts.append(model_part(one_line(title) or "unnamed", model, page))
     if record := latest(record for record in records if record["operators"]):
         parts.append(operators_part(record))
     if timed := [record for record in records if record.get("device_operators")]:
@@ -284,7 +272,13 @@ def write_page(
         parts.append(hybrid_part(record))
     if record := latest(record for record in records if record.get("prompt_cache")):
         parts.append(prompt_cache_part(record))
-    atomically(page, lambda part: part.write_text("\n".join(parts)))
+    return parts
+
+
+def file_name(text: str) -> str:
+    """The text as part of a file's name: short, without special characters. Different texts stay different."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:MOST_NAME]
+    return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def machine_peaks(records: Iterable[Data]) -> list[Data]:
@@ -297,11 +291,9 @@ def machine_peaks(records: Iterable[Data]) -> list[Data]:
 def introduction(record: Data, records: Sequence[Data]) -> str:
     """The introduction of the page. record: the latest one."""
     machine, engine, device = record["machine"], record["engines"]["patched"], record.get("device")
-    by_age = sorted(records, key=lambda each: str(each["created"]))
     days = sorted({str(each["created"])[:10] for each in records})
-    checkouts = ", ".join(dict.fromkeys(map(checkout, by_age)))
+    checkouts = ", ".join(dict.fromkeys(map(checkout, by_age(records))))
     memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] and not device else ""
-    compilers = {name: str(found).rpartition(": ")[2] for name, found in sorted(engine["compilers"].items())}
     facts = {
         "machine": f"{machine['processor']}, {machine['cores']} cores{memory}, {machine['system'].split()[0]}",
         "commit": str(engine["llama_cpp_commit"])[:7],
@@ -314,7 +306,8 @@ def introduction(record: Data, records: Sequence[Data]) -> str:
         "when": days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
     }
     if not device:
-        return INTRODUCTION.format(**facts, compiler=compilers["C++"])
+        return INTRODUCTION.format(**facts, compiler=version(engine["compilers"]["C++"]))
+    compilers = [version(found) for _, found in sorted(engine["compilers"].items())]
     return DEVICE_INTRODUCTION.format(
         **facts,
         device=device["description"],
@@ -322,9 +315,14 @@ def introduction(record: Data, records: Sequence[Data]) -> str:
         memory=device["memory"] / 2**30,
         driver=device["driver"] or "unknown",
         backend=device["backend"],
-        compilers=", ".join(dict.fromkeys(compilers.values())),
+        compilers=", ".join(dict.fromkeys(compilers)),
         limits=DEVICE_PEAKS if any(each["limits"] for each in records) else NO_DEVICE_PEAKS,
     )
+
+
+def version(compiler: object) -> str:
+    """A compiler and its version, without its path."""
+    return str(compiler).rpartition(": ")[2]
 
 
 def checkout(record: Data) -> str:
@@ -345,12 +343,8 @@ def operators_part(record: Data) -> str:
 
 def device_operators_part(records: Sequence[Data]) -> str:
     """Single operators, timed by test-backend-ops; of each operator, the latest rows."""
-    by_age = sorted(records, key=lambda record: str(record["created"]))
-    rows: dict[str, list[Data]] = {}
-    for record in by_age:
-        for name in dict.fromkeys(row["operator"] for row in record["device_operators"]):
-            rows[name] = [row for row in record["device_operators"] if row["operator"] == name]
-    commands = "\n".join(f"- {each}" for each in dict.fromkeys(map(measured_by, by_age)))
+    rows = operator_rows(records)
+    commands = "\n".join(f"- {each}" for each in dict.fromkeys(map(measured_by, by_age(records))))
     parts = [
         f"## Single operators\n\n{commands}\n\nllama.cpp's `test-backend-ops perf` of both builds, time per call. "
         "Upstream lacks the operators that are not available there. `GATED_DELTA_NET` is its recurrence "
@@ -372,7 +366,7 @@ def model_part(name: str, model: Data, page: Path) -> str:
         where = f"on {device}" if device else f"{threads} threads"
         title = f"{name}, {cache_type} cache, {sequences} sequence{'s' if sequences > 1 else ''}, {where}"
         options = f"{sequences}x{threads}" + ("" if ubatch == UBATCH else f"-{ubatch}")
-        picture = page.with_name(f"{page.stem}-{name}-{cache_type}-{options}.svg")
+        picture = page.with_name(f"{page.stem}-{file_name(name)}-{cache_type}-{options}.svg")
         parts.append(markdown(report.cells_table(cells)) + "\n" + report.verdict(cells) + "\n")
         if len(cells) > 3:
             atomically(picture, lambda part, t=title, c=cells: draw(t, c, part))  # type: ignore[misc]
@@ -383,10 +377,13 @@ def model_part(name: str, model: Data, page: Path) -> str:
         "Memory in MiB, and the time of loading from the page cache:\n\n"
         + markdown(report.memory_table(model["model"]))
     )
-    if model["model"]["about"].get("resident"):
+    about = model["model"]["about"]
+    if about.get("resident"):
+        rates = "before the first turn and after each" if about.get("peaks") else "after all turns"
         parts.append(
-            "Each process ran alone, in turns A B C C B A. Its memory: private (copies of weights, caches, buffers), "
-            "pages of mapped files, and the peak of both:\n\n" + markdown(report.turns_table(model["model"]))
+            f"Each process ran alone, in turns A B C C B A; peak rates were measured {rates}. The memory of each: "
+            "private (copies of weights, caches, buffers), pages of mapped files, and the peak of both:\n\n"
+            + markdown(report.turns_table(model["model"]))
         )
     return "\n".join(parts)
 

@@ -46,6 +46,6 @@ def draw(title: str, cells: Sequence[dict[str, Any]], file: Path) -> None:
     ratios.set_ylabel("speedup over the best upstream variant")
     rates.set_ylabel("tokens/s; upstream dotted, roofline dashed")
     ratios.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     figure.savefig(file, format="svg", metadata={"Date": None})
     plt.close(figure)

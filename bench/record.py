@@ -17,12 +17,14 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kimi_gguf.bench.ab_run import Result, Runners
 from kimi_gguf.bench.device import Device
 from kimi_gguf.bench.files import atomically
+from kimi_gguf.bench.merging import model_key
 from kimi_gguf.bench.models import ModelFile
 from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Demand, Peaks
@@ -33,11 +35,23 @@ from kimi_gguf.engine.facts import engine_facts, machine_facts
 SCHEMA = 3
 _PARTS = {"command": str, "created": str, "machine": dict, "engines": dict, "limits": list, "models": list}
 _AGAIN = "measure again"
-_DAMAGED = KeyError, IndexError, TypeError, AttributeError  # where a record lacks something
+_DAMAGED = IndexError, TypeError, AttributeError  # where a record has something else than expected
 MACHINE_SCHEMA = 4  # of a machine's file: {schema, machine, engines: [...], records: [...]}
 _RATES_RIGHT = "2026-11-27"  # from this day on, int8 rates are right
 _MOST_INT8 = 4.4  # times the float32 rate: a vector has four times as many bytes as floats
+_OLD_NAME = "pristine"  # of upstream, in the schemas of earlier versions
 _NEWER = {1: SCHEMA, 2: MACHINE_SCHEMA}  # schemas of earlier versions, and what they become
+
+
+class Part(dict[str, Any]):
+    """An object in a file of records. To read a key that it lacks is an `EngineError` that names both."""
+
+    def __init__(self, values: Mapping[str, Any], file: Path) -> None:
+        super().__init__(values)
+        self._file = file
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise EngineError(f"{self._file}: damaged", expected=f"the key {key!r}", todo=_AGAIN)
 
 
 def new_record(
@@ -128,13 +142,12 @@ def load_all(file: Path) -> list[Data]:
         return [complete(data, file)]
     try:
         engines, machine = data["engines"], data["machine"]
-        records = [
-            {**each, "machine": machine, "engines": {name: engines[i] for name, i in each["engines"].items()}}
-            for each in data["records"]
-        ]
+        for each in data["records"]:
+            of_record = Part({name: engines[i] for name, i in each["engines"].items()}, file)
+            each |= {"schema": SCHEMA, "machine": machine, "engines": of_record}
     except _DAMAGED as error:
         raise _damaged(file, error) from None
-    return [complete(each | {"schema": SCHEMA}, file) for each in records]
+    return [complete(each, file) for each in data["records"]]
 
 
 def complete(record: Data, file: Path) -> Data:
@@ -193,26 +206,32 @@ def save_all(records: Sequence[Data], file: Path) -> None:
 
 
 def add(record: Data, file: Path) -> None:
-    """Add a record to a machine's file, creating it if needed; it replaces one of the same command. Raises
-    `EngineError`."""
+    """Add a record to a machine's file, creating it if needed; it replaces one of the same command, libraries and
+    models. Raises `EngineError`."""
     there = load_all(file) if file.exists() else []
     for each in there[:1]:
         check_machine(each, record, file)
-    save_all([*(each for each in there if each["command"] != record["command"]), record], file)
+    save_all([*(each for each in there if _measured(each) != _measured(record)), record], file)
+
+
+def _measured(record: Data) -> tuple[Any, ...]:
+    """Equal for two records of the same measurement. Commands show neither the folders of files nor what is in them."""
+    return record["command"], record["libraries"], [model_key(model) for model in record["models"]]
+
+
+def machine_of(record: Data) -> str:
+    """The machine and the device of a record, for messages; equal for two records of the same."""
+    machine, device = record["machine"], record.get("device") or {}
+    return f"{machine['processor']}, {machine['cores']} cores, {device.get('description', 'CPU')}"
 
 
 def check_machine(there: Data, record: Data, file: Path) -> None:
     """Raises `EngineError` if two records are of different machines or devices."""
-    one, other = (
-        [each["machine"][name] for name in ("processor", "cores")]
-        + [(each.get("device") or {}).get("description", "CPU")]
-        for each in (there, record)
-    )
-    if one != other:
+    if machine_of(there) != machine_of(record):
         raise EngineError(
             f"{file}: records of another machine",
-            expected=", ".join(map(str, one)),
-            found=", ".join(map(str, other)),
+            expected=machine_of(there),
+            found=machine_of(record),
             todo="choose another file for this machine: --record FILE",
         )
 
@@ -220,24 +239,17 @@ def check_machine(there: Data, record: Data, file: Path) -> None:
 def load(file: Path, schemas: Sequence[int] = (SCHEMA,)) -> Data:
     """Read a record. Raises `EngineError` for a file that is not one."""
     what = f"{file}: not a record of the bench"
+    part = partial(Part, file=file)
     try:
-        record: Data = json.loads(file.read_text())
+        text = file.read_text()
+        record: Data = json.loads(text, object_hook=part)
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
     except (OSError, ValueError, RecursionError) as error:
         raise EngineError(what, found=str(error), todo="name a file of --json") from None
     if isinstance(found, int) and found in _NEWER:
-        record = _renamed(record) | {"schema": _NEWER[found]}
-        found = record["schema"]
+        record = json.loads(text.replace(_OLD_NAME, "upstream"), object_hook=part)
+        found = record["schema"] = _NEWER[found]
     if found not in schemas:
         expected = f"schema {' or '.join(map(str, schemas))}"
         raise EngineError(what, expected=expected, found=repr(found), todo="measure again with --json")
     return record
-
-
-def _renamed(data: Any) -> Any:
-    """The data of schema 1 or 2 with the names of schema 3 and 4."""
-    if isinstance(data, dict):
-        return {_renamed(name): _renamed(value) for name, value in data.items()}
-    if isinstance(data, list):
-        return [_renamed(value) for value in data]
-    return data.replace("pristine", "upstream") if isinstance(data, str) else data

@@ -172,10 +172,16 @@ def device_peaks_table(peaks: Data) -> Rows:
     ]
 
 
+def one_line(text: str) -> str:
+    """The text without line breaks, control characters and spaces at its ends."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def markdown(rows: Rows) -> str:
     """A Markdown table; the first row is the header."""
     lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    cells = ((one_line(cell).replace("|", r"\|") for cell in line) for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
 
 def show(title: str, rows: Rows) -> None:
@@ -185,8 +191,9 @@ def show(title: str, rows: Rows) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(*rows[0], title=title, title_justify="left")
+    table = Table(*rows[0], title=Text(title), title_justify="left")  # a name may look like markup
     for row in rows[1:]:
         table.add_row(*row)
     Console().print(table)

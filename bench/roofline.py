@@ -7,6 +7,8 @@ time (the floor). The ratio of floor and measured time is shown as % of roofline
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ CHUNKED_FROM = 32  # tokens
 TIMES = 3  # measurements of the peak rates; the best counts
 SECONDS = 0.1  # of an interval, the best of three counts
 DEVICE_SECONDS = 0.3  # of repeating one operation
+LAYER = re.compile(r"blk\.(\d+)\.")  # the start of a tensor's name
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
     Experts: the expected number of different experts if tokens choose at random. Attention: the cheaper of the
     absorbed and the decompressed form, in float32, except softmax weights times values of the decompressed
     form, which are 16-bit integers (F32 caches: float32). An indexer scores all pools of keys; attention then reads the
-    chosen keys only.
+    chosen keys only. Layers that predict further tokens (MTP) do not run.
     """
     keys, tokens = model.keys, cell.tokens
 
@@ -141,10 +144,12 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
         value: Any = keys.get(name, otherwise)
         return int(max(value) if isinstance(value, list) else value)
 
+    end = number("block_count") - number("nextn_predict_layers") if "block_count" in keys else math.inf
+    tensors = [each for each in model.tensors if not ((at := LAYER.match(each.name)) and int(at[1]) >= end)]
     experts, used = number("expert_count"), number("expert_used_count")
     met = experts * (1 - (1 - used / experts) ** tokens) if experts else 0.0
     weight_bytes, macs = 0.0, dict[str, float]()
-    for tensor in model.tensors:
+    for tensor in tensors:
         if tensor.name.startswith("token_embd"):
             weight_bytes += tensor.nbytes / tensor.ne[1] * tokens
             continue
@@ -155,8 +160,8 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
         rows = cell.sequences if tensor.name.startswith("output") else tokens
         kind = tensor.type.name
         macs[kind] = macs.get(kind, 0.0) + tensor.elements * rows * (used / experts if routed else 1)
-    mla = sum(1 for tensor in model.tensors if tensor.name.endswith("attn_kv_a_norm.weight"))
-    kda = sum(1 for tensor in model.tensors if tensor.name.endswith("ssm_norm.weight"))
+    mla = sum(1 for tensor in tensors if tensor.name.endswith("attn_kv_a_norm.weight"))
+    kda = sum(1 for tensor in tensors if tensor.name.endswith("ssm_norm.weight"))
     heads, head = number("attention.head_count"), number("kda.head_dim")
     state = heads * head * (head + (number("ssm.conv_kernel", 1) - 1) * 3) * F32_BYTES
     latent, rope = number("attention.kv_lora_rank"), number("rope.dimension_count")

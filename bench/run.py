@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,6 +55,10 @@ from kimi_gguf.engine.toolchain import available_memory, cores
 DEMO_TYPES = ("Q8_0", "BF16")
 EQUAL_TYPES = ("F32", "BF16", "Q8_0", "Q4_K_M", "Q4_0")  # of --equal-requests
 OPTIONS_ALONE = ("--threads", "--depth", "--build", "--backend")  # that one build is measured with
+OPTIONS_OF_WORKERS = (
+    "--workers", "--demo", "--type", "--family", "--layers", "--experts", "--shapes", "--quick", "--batch", "--depth",
+    "--build", "--backend", "--threads", "--ubatch", "--cache-type", "--libraries",
+)  # fmt: skip
 FREE_SHARE = 0.95  # of a device's free memory that is used
 
 
@@ -64,7 +68,7 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
         if not parsed.records:
             parsed.build = parsed.backend
             parsed.backend, parsed.defines = options_of(parsed.build)
-        check(parsed)
+        check(parsed, words)
         if measures_models(parsed) and not exists_or_compiles(True, parsed.backend, parsed.defines):
             return run_alone(parsed, words)
         if parsed.draw is not None:
@@ -101,8 +105,31 @@ def shown_command(words: Sequence[str]) -> str:
     return " ".join(shown)
 
 
-def check(parsed: argparse.Namespace) -> None:
-    """Check what argparse cannot. Raises `EngineError`."""
+def other_options(words: Sequence[str], allowed: Sequence[str]) -> list[str]:
+    """The options of a command line that are not allowed."""
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return [option for option in options if option not in allowed]
+
+
+def check_workers(parsed: argparse.Namespace, words: Sequence[str]) -> None:
+    """Raises `EngineError` for what --workers would ignore: it prints a table, with a fixed number of decodes."""
+    if others := other_options(words, OPTIONS_OF_WORKERS):
+        raise EngineError(
+            "--workers measures with fewer options, and makes no record",
+            expected=f"no options but {', '.join(OPTIONS_OF_WORKERS)}",
+            found=", ".join(others),
+            todo="leave them out",
+        )
+    for option, values in (("--threads", parsed.threads or ()), ("--cache-type", parsed.cache_type)):
+        if len(values) > 1:
+            found = ",".join(map(str, values))
+            raise EngineError(f"--workers: expected one value of {option}, found {found}", todo="give one")
+
+
+def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
+    """Check what argparse cannot. words: the command line. Raises `EngineError`."""
+    if parsed.workers:
+        check_workers(parsed, words)
     if parsed.records and parsed.page is None:
         raise EngineError(
             "--records measures nothing and needs --page", todo="name the page: --page out/bench.md"
@@ -179,8 +206,7 @@ def run_alone(parsed: argparse.Namespace, words: Sequence[str]) -> int:
             missing,
             todo="install a compiler (kimi-llama doctor), or give a GGUF file to measure it without upstream",
         )
-    options = [word.partition("=")[0] for word in words if word.startswith("--")]
-    if others := [option for option in options if option not in OPTIONS_ALONE]:
+    if others := other_options(words, OPTIONS_ALONE):
         raise EngineError(
             missing,
             expected=f"no options but {', '.join(OPTIONS_ALONE)}: one build is measured, which makes no record",
@@ -273,8 +299,7 @@ class Run:
             with Runners(model, self.environments, reporter, max(self.threads), name) as runners:
                 data = model_data(model, runners)
                 self.record["models"].append(data)
-                for result in self.results(runners, cells):
-                    peaks = on_gpu if name else self.peaks_around(result.cell.threads, on_machine)
+                for result, peaks in self.results(runners, cells, on_machine, on_gpu):
                     cell = cell_data(result, demand(model, result.cell), peaks)
                     data["cells"].append(cell)
                     reporter.note("  ".join(report.cell_row(cell)))
@@ -288,21 +313,44 @@ class Run:
                 if data["about"]["resident"]:
                     report.show("One process at a time", report.turns_table(data))
 
-    def results(self, runners: Runners, cells: list[Cell]) -> Iterable[Result]:
-        """Measure the cells of a loaded model."""
+    def results(
+        self, runners: Runners, cells: list[Cell], on_machine: dict[int, Peaks], on_gpu: Peaks | None
+    ) -> Iterator[tuple[Result, Peaks | None]]:
+        """Measure the cells of a loaded model, each with its peak rates. on_machine: the latest, by threads; updated.
+        on_gpu: the peak rates of the device."""
         settings = Settings(self.parsed.seconds, self.began + self.parsed.budget, self.parsed.rounds)
         if self.device is None:
             upstream = () if self.parsed.in_turns else variants_in_memory(runners.model, runners.reporter)
             if not upstream:
-                chosen = alone_in_memory(runners)
-                free = available_memory()
-                in_memory = free is None or runners.model.nbytes <= FITS * free
-                return measure_in_turns(runners, cells, chosen, settings, in_memory)
+                yield from self.results_in_turns(runners, cells, settings, on_machine)
+                return
             without = (variant.name for variant in UPSTREAM if variant not in upstream)
             runners.about.left_out |= dict.fromkeys(without, "there is not enough free memory")
-            return measure(runners, cells, upstream, settings)
+            for result in measure(runners, cells, upstream, settings):
+                yield result, self.peaks_around(result.cell.threads, on_machine)
+            return
         room = int(FREE_SHARE * self.device.free) - 2 * runners.model.nbytes
-        return measure_fitting(runners, cells, UPSTREAM_ON_DEVICE, settings, room)
+        for result in measure_fitting(runners, cells, UPSTREAM_ON_DEVICE, settings, room):
+            yield result, on_gpu
+
+    def results_in_turns(
+        self, runners: Runners, cells: list[Cell], settings: Settings, on_machine: dict[int, Peaks]
+    ) -> Iterator[tuple[Result, Peaks]]:
+        """Measure the cells one process at a time. The peak rates of all cells: the mean of those before the first turn
+        and after each. While a process is loaded, there may be no memory to measure them."""
+        chosen, free = alone_in_memory(runners), available_memory()
+        in_memory = free is None or runners.model.nbytes <= FITS * free
+        found = {threads: [peaks] for threads, peaks in on_machine.items()}
+
+        def after_turn() -> None:
+            for threads, several in found.items():
+                on_machine[threads] = self.peaks_again(threads)
+                several.append(on_machine[threads])
+
+        results = measure_in_turns(runners, cells, chosen, settings, in_memory, after_turn)
+        runners.about.peaks += [vars(peaks) for several in found.values() for peaks in several]
+        for result in results:
+            yield result, mean_of(found[result.cell.threads])
 
     def peaks(self, reporter: Reporter) -> dict[int, Peaks]:
         """Measure, show and record them."""
@@ -317,8 +365,12 @@ class Run:
 
         If other machines share the memory, its bandwidth changes from minute to minute.
         """
-        before, peaks[threads] = peaks[threads], measure_peaks(threads, times=1, seconds=self.parsed.seconds)
+        before, peaks[threads] = peaks[threads], self.peaks_again(threads)
         return mean_of([before, peaks[threads]])
+
+    def peaks_again(self, threads: int) -> Peaks:
+        """Measure them once."""
+        return measure_peaks(threads, times=1, seconds=self.parsed.seconds)
 
     def device_peaks(self, device: Device, reporter: Reporter) -> Peaks | None:
         """Measure, show and record them."""

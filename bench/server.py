@@ -81,11 +81,29 @@ def running(log: Path, *command: str | Path) -> Iterator[RunningServer]:
         end = time.monotonic() + PATIENCE
         while not server.healthy():
             if process.poll() is not None or time.monotonic() > end:
-                said = " | ".join(log.read_text(errors="replace").splitlines()[-6:])
                 todo = f"run it to see the whole log: {shlex.join(map(str, command))}"
-                raise EngineError("llama-server did not start", found=said or "an empty log", todo=todo)
+                raise EngineError("llama-server did not start", found=last_lines(log), todo=todo)
             time.sleep(0.1)
         yield server
     finally:
-        process.terminate()
+        end_server(process, log)
+
+
+def end_server(process: subprocess.Popen[bytes], log: Path) -> None:
+    """End a server. If it does not end within `PATIENCE` seconds, kill it and raise `EngineError`."""
+    process.terminate()
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
         process.wait()
+        raise EngineError(
+            f"llama-server did not end within {PATIENCE} seconds and was killed",
+            found=last_lines(log),
+            todo=f"report this with the log: {log}",
+        ) from None
+
+
+def last_lines(log: Path) -> str:
+    """The last six lines of a log."""
+    return " | ".join(log.read_text(errors="replace").splitlines()[-6:]) or "an empty log"

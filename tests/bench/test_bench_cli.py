@@ -12,13 +12,16 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from bench_case import TINY, bench, command, record
 from selection import some_of
 
-from kimi_gguf.bench.page import MADE_BY, merged, write_page
+from kimi_gguf.bench.merging import merged
+from kimi_gguf.bench.page import MADE_BY, write_page
 from kimi_gguf.bench.record import load
+from kimi_gguf.bench.report import markdown
 from kimi_gguf.bench.server import running
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.errors import EngineError
@@ -297,6 +300,35 @@ def test_a_worker_is_named_by_its_address(capsys: pytest.CaptureFixture[str]) ->
     assert "expected HOST:PORT,... such as 10.0.0.2:50052, found foo; " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--json a.json", "found --json;"),
+        ("--record=a.json", "found --record;"),
+        ("--page a.md --seconds 1", "found --page, --seconds;"),
+        ("--sequences 2", "found --sequences;"),
+        ("--in-turns", "found --in-turns;"),
+        ("--grid", "found --grid;"),
+        ("--hybrid", "found --hybrid;"),
+        ("--draw bench.toml", "found --draw;"),
+        ("--records a.json", "found --records;"),
+        ("--threads 1,2", "expected one value of --threads, found 1,2;"),
+        ("--cache-type f16,q8_0", "expected one value of --cache-type, found f16,q8_0;"),
+    ],
+)
+def test_what_is_not_measured_over_workers_is_refused(
+    words: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert kimi_llama.main(["bench", "--workers", "127.0.0.1:1", *words.split()]) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def one_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder, the current one, with a model and a llama-bench that notes its arguments; there is no upstream."""
@@ -360,6 +392,55 @@ def test_a_page_takes_equal_cells_from_the_latest_record(tmp_path: Path) -> None
     assert "Measured 2026-01-01 to 2026-01-02" in text
     commands = ["2026-01-01` (01234-ours, 2026-01-01)", "2026-01-02` (56789-ours, 2026-01-02)"]
     assert re.findall(r"(?m)^- `kimi-llama bench (.*)", text) == commands
+
+
+def test_files_of_other_sizes_with_one_name_are_models_of_their_own(tmp_path: Path) -> None:
+    records = [record(f"2026-01-0{day}", float(day)) for day in (1, 2, 3)]
+    for each, nbytes in zip(records, (100, 200, 100), strict=True):
+        each["models"][0]["bytes"] = nbytes
+    ratios = {title: [cell["ratio"] for cell in model["cells"]] for title, model in merged(records).items()}
+    assert ratios == {"m, 100 bytes": [3.0], "m, 200 bytes": [2.0]}
+    assert merged(records[::2]).keys() == {"m"}
+    write_page(records, tmp_path / "page.md")
+    assert re.findall(r"(?m)^## (m.*)", (tmp_path / "page.md").read_text()) == [*ratios]
+
+
+def test_libraries_other_than_those_of_patched_have_sections_of_their_own(tmp_path: Path) -> None:
+    records = [record(f"2026-01-0{day}", float(day)) for day in (1, 2)]
+    records[1]["libraries"] = "bin"
+    write_page(records, tmp_path / "page.md")
+    own, found, theirs = (tmp_path / "page.md").read_text().partition("# Libraries in bin\n")
+    assert found
+    for text, ratio, other in ((own, "1.00", "2.00"), (theirs, "2.00", "1.00")):
+        assert "## m\n" in text and f"| {ratio} |" in text and f"| {other} |" not in text
+
+
+def several_depths(name: str) -> dict[str, Any]:
+    """A record with as many cells as have a picture."""
+    made = record("2026-01-01", 2.0)
+    cells = [record("2026-01-01", 2.0, depth)["models"][0]["cells"][0] for depth in range(4)]
+    made["models"][0] |= {"name": name, "cells": cells}
+    return made
+
+
+@pytest.mark.parametrize("name", ["a/b", "../b", "a|b", "a\nb", "a b", "$a_{$", "\ud800", "a" * 300])
+def test_every_name_of_a_model_has_a_heading_and_a_picture(name: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    write_page([several_depths(name)], page)
+    (picture,) = re.findall(r"(?m)^!\[.*\]\((.*)\)$", page.read_text())
+    assert re.fullmatch(r"page-[\w.-]+-f16-1x2\.svg", picture)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [picture, "page.md"]
+    assert len(re.findall(r"(?m)^## ", page.read_text())) == 2
+
+
+def test_names_that_are_alike_in_a_file_s_name_have_different_pictures(tmp_path: Path) -> None:
+    write_page([several_depths(name) for name in ("a/b", "a|b", "a-b")], tmp_path / "page.md")
+    assert len(list(tmp_path.glob("*.svg"))) == 3
+    assert (tmp_path / "page-a-b-f16-1x2.svg").is_file()
+
+
+def test_a_cell_of_a_table_is_one_cell_on_one_line() -> None:
+    assert markdown([("a", "b"), ("c|d\ne", "f")]) == "| a | b |\n| --- | --- |\n| c\\|d e | f |\n"
 
 
 def test_other_work_marks_the_ratio_and_leaves_the_cell_s_name(tmp_path: Path) -> None:

@@ -261,6 +261,26 @@ def test_goals_are_compared_with_the_worst_cell() -> None:
     assert quantised[2:] == ("2.00 × (tg at 65536, q8_0 cache)", "yes")
 
 
+def test_goals_are_compared_with_the_latest_of_equal_cells() -> None:
+    old, new = on_device(0.5), on_device(2.0) | {"created": "2026-01-02"}
+    case = {"operator": "KDA_SCAN", "upstream": None,
+            "parameters": "head_size=128,head_count=32,n_seq_tokens=8192,n_seqs=1,"}  # fmt: skip
+    old["device_operators"], new["device_operators"] = (
+        [case | {"patched": 2000.0}],
+        [case | {"patched": 900.0}],
+    )
+    for records in ([old, new], [new, old]):
+        kda, _, decoding, everywhere, _ = aims_table(records)[1:]
+        assert (kda[2], decoding[2], everywhere[2]) == ("0.90 ms", "2.00 × (tg at 0)", "2.00 × (tg at 0)")
+
+
+def test_caches_are_compared_in_one_model() -> None:
+    records = [on_device(2.0, depth=65536), on_device(3.0, depth=65536, cache_type="q8_0")]
+    assert aims_table(records)[-1][2] == "1.50 × (tg at 65536, q8_0 cache)"
+    records[1]["models"][0]["name"] = "other"
+    assert aims_table(records)[-1][2] == "not measured"
+
+
 def test_apple_gpus_have_goals_of_their_own() -> None:
     records = [
         on_device(1.3),
@@ -288,8 +308,16 @@ def test_a_page_names_the_device_and_leaves_out_what_is_not_known(tmp_path: Path
 
 
 def test_a_page_is_of_one_device(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"records of different devices"):
+    with pytest.raises(EngineError, match=r"records of different machines or devices"):
         write_page([on_device(2.0), record("2026-01-01", 2.0)], tmp_path / "page.md")
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_a_page_is_of_one_machine(tmp_path: Path) -> None:
+    one, other = record("2026-01-01", 2.0), record("2026-01-02", 2.0)
+    other["machine"] = other["machine"] | {"processor": "two"}
+    with pytest.raises(EngineError, match=r"found one, 2 cores, CPU and two, 2 cores, CPU;"):
+        write_page([one, other], tmp_path / "page.md")
     assert not (tmp_path / "page.md").exists()
 
 

@@ -10,16 +10,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bench_case import record
 
 from kimi_gguf.bench import run
 from kimi_gguf.bench.ab_run import Loaded, Settings
 from kimi_gguf.bench.cells import PATCHED, UPSTREAM, Cell, Variant
 from kimi_gguf.bench.in_turns import Turns, measure_in_turns, variants_alone
+from kimi_gguf.bench.load import Watch
+from kimi_gguf.bench.page import write_page
 from kimi_gguf.bench.report import turns_table
+from kimi_gguf.bench.roofline import Peaks
 from kimi_gguf.engine.progress import Silent
 
 GB = 10**9
 MODEL = SimpleNamespace(nbytes=18 * GB, path=Path("model.gguf"))
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other work on this machine disturbs no sample."""
+    monkeypatch.setattr(Watch, "others", lambda self: 0.0)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, nbytes: int | None) -> None:
@@ -109,10 +119,10 @@ def test_a_cell_counts_only_with_all_variants() -> None:
         skip=lambda cells, reason: skipped.extend(cells),
     )  # fmt: skip
     ends_at = UPSTREAM[0]
-    assert measure_in_turns(runners, [cell], chosen, settings, in_memory=True) == []  # type: ignore[arg-type]
+    assert measure_in_turns(runners, [cell], chosen, settings, True, lambda: None) == []  # type: ignore[arg-type]
     assert skipped == [cell]
     settings.until, ends_at = math.inf, UPSTREAM[2]
-    (result,) = measure_in_turns(runners, [cell], chosen, settings, in_memory=True)  # type: ignore[arg-type]
+    (result,) = measure_in_turns(runners, [cell], chosen, settings, True, lambda: None)  # type: ignore[arg-type]
     assert set(result.samples) == {variant.name for variant in chosen}
 
 
@@ -133,12 +143,70 @@ def test_all_turns_are_repeated(rounds: int) -> None:
     )
     settings = Settings(cell_seconds=0.02, rounds=rounds)
     chosen = (PATCHED, UPSTREAM[0], UPSTREAM[2])
-    (result,) = measure_in_turns(runners, [cell], chosen, settings, in_memory=True)  # type: ignore[arg-type]
+    (result,) = measure_in_turns(
+        runners,  # type: ignore[arg-type]
+        [cell],
+        chosen,
+        settings,
+        in_memory=True,
+        after_turn=lambda: order.append("after"),
+    )
     names = [variant.name for variant in chosen]
-    assert order == [*names, *reversed(names)] * rounds
+    turns = [*names, *reversed(names)] * rounds
+    assert order == [each for name in turns for each in (name, "after")]
     assert {name: len(samples) for name, samples in result.samples.items()} == dict.fromkeys(
         names, 2 * rounds
     )
+
+
+def test_peak_rates_are_those_before_the_first_turn_and_after_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, so four turns."""
+    cells = [Cell("f16", 1, 0, threads, 1) for threads in (1, 2)]
+    asked = []
+
+    def rates(threads: int, read: float) -> Peaks:
+        return Peaks(threads, read, f32=1.0, int8=None, bf16=None)
+
+    def measured(threads: int, **_: object) -> Peaks:
+        asked.append(threads)
+        return rates(threads, 10.0 * threads * len(asked))
+
+    free(monkeypatch, None)
+    monkeypatch.setattr(run, "measure_peaks", measured)
+    monkeypatch.setattr(run, "alone_in_memory", lambda _: (PATCHED, UPSTREAM[2]))
+    runners = SimpleNamespace(
+        context=lambda *_: (Decoder(0.05, 0.05), "context"), go_to=lambda *_: Path("state"), about=Loaded(),
+        reporter=Silent(), running=lambda _: None,
+    )  # fmt: skip
+    mine = run.Run.__new__(run.Run)
+    mine.parsed = SimpleNamespace(seconds=0.02)  # type: ignore[assignment]
+    latest = {threads: rates(threads, 5.0 * threads) for threads in (1, 2)}
+    settings = Settings(cell_seconds=0.02)
+    found = list(mine.results_in_turns(runners, cells, settings, latest))  # type: ignore[arg-type]
+    assert asked == [1, 2] * 4
+    assert [peaks.read for _, peaks in found] == [
+        (5 + 10 * (1 + 3 + 5 + 7)) / 5,
+        2 * (5 + 10 * (2 + 4 + 6 + 8)) / 5,
+    ]
+    assert {threads: peaks.read for threads, peaks in latest.items()} == {1: 70.0, 2: 160.0}
+    assert [each["read"] for each in runners.about.peaks] == [5, 10, 30, 50, 70, 10, 40, 80, 120, 160]
+
+
+def test_the_page_says_when_peak_rates_of_turns_were_measured(tmp_path: Path) -> None:
+    """Records of before 2026-11-29 have those after all turns."""
+    made = record("2026-01-01", 2.0)
+    (model,) = made["models"]
+    model["cells"][0]["samples"] = {}
+    for peaks, expected in (
+        ({}, "after all turns"),
+        ({"peaks": [{}]}, "before the first turn and after each"),
+    ):
+        model["about"] |= {"resident": {"patched": {}}, "read": {}} | peaks
+        write_page([made], tmp_path / "page.md")
+        assert (
+            f"in turns A B C C B A; peak rates were measured {expected}."
+            in (tmp_path / "page.md").read_text()
+        )
 
 
 def test_the_table_of_processes() -> None:

@@ -24,7 +24,9 @@ from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output import unfinished
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.gguf import GgufTensor
 from kimi_gguf.engine.progress import Silent
+from kimi_gguf.engine.tensor_types import TENSOR_TYPES
 from kimi_gguf.validate.llama import RunOptions, run
 
 
@@ -257,6 +259,63 @@ def test_attention_with_an_indexer_reads_the_chosen_keys_only(upstream: Engine) 
     across = demand(file, Cell("f16", 1, 2000, 1, 64))
     pairs = sum(min(2000 + i, 2048) for i in range(1, 65))
     assert across.attention_macs == 4 * pairs * 2 * 512 + 64 * folding + sum(range(2001, 2065)) * 4 * 128 / 4
+
+
+def of_tensors(names: Sequence[str], keys: dict[str, int | float | list[int]]) -> ModelFile:
+    """A model with 8 x 4 matrices of F32."""
+    tensors = tuple(GgufTensor(name, (8, 4), TENSOR_TYPES["F32"], 0) for name in names)
+    return ModelFile(Path("model.gguf"), "m", "key", "bailingmoe3", keys, tensors)
+
+
+@pytest.mark.parametrize("keys", [{}, {"block_count": 2}, {"nextn_predict_layers": 1}])
+def test_layers_count_without_keys_of_an_mtp_layer(keys: dict[str, int | float | list[int]]) -> None:
+    names = ["blk.0.attn_q.weight", "blk.1.attn_q.weight", "output.weight"]
+    assert demand(of_tensors(names, keys), Cell("f16", 1, 0, 1, 1)).weight_macs == {"F32": 3 * 32}
+
+
+def test_an_mtp_layer_does_not_count_because_it_does_not_run() -> None:
+    sizes: dict[str, int | float | list[int]] = {
+        "attention.kv_lora_rank": 8, "rope.dimension_count": 2, "attention.head_count": 1,
+    }  # fmt: skip
+    names = ["output.weight"]
+    for layer in range(11):
+        names += [f"blk.{layer}.attn_kv_a_norm.weight", f"blk.{layer}.attn_q.weight"]
+    cell = Cell("f16", 1, 100, 1, 1)
+    without = demand(of_tensors(names, sizes | {"block_count": 11}), cell)
+    added = ["blk.11.attn_kv_a_norm.weight", "blk.11.attn_q.weight", "blk.11.nextn.eh_proj.weight"]
+    keys = sizes | {"block_count": 12, "nextn_predict_layers": 1}
+    assert demand(of_tensors(names + added, keys), cell) == without
+    assert demand(of_tensors(names + added, sizes | {"block_count": 12}), cell).nbytes > without.nbytes
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "expected"),
+    [
+        ("Some Model", 15, "Some Model-Q4_K_M"),
+        ("some-Q8_0", 7, "some-Q8_0"),
+        ("some-BF16", 1, "some-BF16-F16"),
+        ("a/b\n| c", 7, "a/b | c-Q8_0"),
+        ("some", None, "some"),
+        ("some", 999, "some"),
+        (None, 7, "file-Q8_0"),
+        ("", 7, "file-Q8_0"),
+    ],
+)
+def test_a_model_s_name_has_its_type(
+    name: str | None, number: int | None, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "file.gguf"
+    writer = gguf.GGUFWriter(path, "kimi-linear")
+    if name is not None:
+        writer.add_name(name)
+    if number is not None:
+        writer.add_file_type(number)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert open_model(path).name == expected
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from kimi_gguf.bench.page import write_page
 from kimi_gguf.bench.record import MACHINE_SCHEMA, SCHEMA, load_all
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.scripts import kimi_llama
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -93,5 +94,49 @@ def test_a_cell_without_a_least_time_is_damage(tmp_path: Path) -> None:
     del data["models"][0]["cells"][0]["floor"]
     file = tmp_path / "record.json"
     file.write_text(json.dumps(data))
-    with pytest.raises(EngineError, match=r"record\.json: damaged: found KeyError: 'floor'"):
+    with pytest.raises(EngineError, match=r"record\.json: damaged: expected the key 'floor'"):
         load_all(file)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["switch", "libraries", "operators", "hybrid", "machine.memory_gib", "engines.patched", "engines.patched.compilers",
+     "engines.patched.compilers.C++", "models.0.name", "models.0.about", "models.0.about.contexts",
+     "models.0.cells.0.ratio", "models.0.cells.0.threads", "models.0.cells.0.patched.spread",
+     "models.0.cells.0.floor.share", "limits.0.read"],
+)  # fmt: skip
+@pytest.mark.parametrize("schema", [1, 3, 4])
+def test_a_record_that_lacks_a_key_is_one_message_with_the_file_and_the_key(
+    place: str, schema: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, page = tmp_path / "record.json", tmp_path / "page.md"
+    whole = json.loads(golden(schema).read_text())
+    within = whole
+    if schema == MACHINE_SCHEMA:
+        whole["records"] = [each for each in whole["records"] if "--sequences 4" in each["command"]]
+        engines = whole["records"][0]["engines"]
+        if place.startswith("engines.patched."):
+            within, place = whole["engines"][engines["patched"]], place.removeprefix("engines.patched.")
+        elif not place.startswith("machine."):
+            within = whole["records"][0]
+    *path, key = place.split(".")
+    for name in path:
+        within = within[int(name) if name.isdigit() else name]
+    del within[key]
+    file.write_text(json.dumps(whole))
+    assert kimi_llama.main(["bench", "--records", str(file), "--page", str(page)]) == 1
+    assert f"{file}: damaged: expected the key {key!r}; measure again" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_of_several_files_the_damaged_one_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = json.loads(golden(3).read_text())
+    del data["models"][0]["name"]
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps(data))
+    records = [str(golden(4)), str(file), str(golden(3))]
+    assert kimi_llama.main(["bench", "--records", *records, "--page", str(tmp_path / "page.md")]) == 1
+    error = capsys.readouterr().err
+    assert f"{file}: damaged: expected the key 'name'" in error and "golden" not in error

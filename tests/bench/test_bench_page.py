@@ -187,3 +187,17 @@ def test_records_are_added_to_a_machine_s_file(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="records of another machine"):
         add(other, file)
     assert load_all(file) == [one, two]
+
+
+@pytest.mark.parametrize("changed", ["nothing", "libraries", "name", "bytes"])
+def test_a_record_replaces_one_of_the_same_command_model_and_libraries(changed: str, tmp_path: Path) -> None:
+    file = tmp_path / "machine.json"
+    old, new = record("2026-01-01", 1.0), record("2026-01-02", 2.0)
+    new["command"] = old["command"]
+    if changed == "libraries":
+        new["libraries"] = "bin"
+    elif changed != "nothing":
+        new["models"][0][changed] = {"name": "n", "bytes": 100}[changed]
+    add(old, file)
+    add(new, file)
+    assert load_all(file) == ([new] if changed == "nothing" else [old, new])

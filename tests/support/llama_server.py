@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_gguf.bench.server import PATIENCE, RunningServer, free_port
+from kimi_gguf.bench.server import PATIENCE, RunningServer, end_server, free_port
 from kimi_gguf.engine.builds import Engine
 
 ATTEMPTS = 3  # times that a request is sent
@@ -143,6 +143,5 @@ def started(folder: Path, *command: str | Path) -> Iterator[Server]:
         yield server
         server.check_runs()
     finally:
-        process.terminate()
-        process.wait()
+        end_server(process, path)
     server.check_requests()

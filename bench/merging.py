@@ -1,0 +1,79 @@
+"""Merges the records of a page: if several have the same measurement, the latest counts.
+
+Input: records. Output: models with their cells, rows of device operators.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kimi_gguf.bench.cells import UBATCH
+from kimi_gguf.bench.report import Data, one_line
+
+
+def by_age(records: Iterable[Data]) -> list[Data]:
+    """The records, the latest last."""
+    return sorted(records, key=lambda record: str(record["created"]))
+
+
+def model_key(model: Data) -> tuple[str, int | None]:
+    """Equal for the same file: its name, which has its type, and its bytes. Bytes are None if unknown."""
+    return str(model["name"]), model.get("bytes")
+
+
+def cell_key(cell: Data) -> tuple[Any, ...]:
+    """Equal for two cells that measure the same."""
+    key = tuple(cell[name] for name in ("cache_type", "sequences", "threads", "depth", "batch"))
+    return (*key[:3], cell.get("ubatch", UBATCH), *key[3:])
+
+
+def cache_size(model: Data) -> float:
+    """MiB of the largest KV cache; the memory table is of this record."""
+    contexts = model["about"]["contexts"].values()
+    return max((sum(memory.get("kv", {}).values()) for memory in contexts), default=0.0)
+
+
+def merged(records: Sequence[Data]) -> dict[str, Data]:
+    """Models with the cells of all records, by a title: the name, and the bytes if several files have this name."""
+    models: dict[tuple[str, int | None], Data] = {}
+    for record in by_age(records):
+        for model in record["models"]:
+            kinds = ("cells", "commands", "fallbacks", "not_measured", "left_out")
+            into = models.setdefault(model_key(model), {"model": model} | {kind: {} for kind in kinds})
+            into["model"] = max(into["model"], model, key=cache_size)
+            about = model["about"]
+            if model["cells"] or about.get("not_measured"):
+                into["commands"][measured_by(record)] = None
+            for lines in about.get("fallbacks", {}).values():
+                into["fallbacks"] |= dict.fromkeys(lines)
+            into["left_out"] |= about.get("left_out", {})
+            into["not_measured"] |= {cell_key(cell): cell for cell in about.get("not_measured", ())}
+            into["cells"] |= {cell_key(cell): cell for cell in model["cells"]}
+    for each in models.values():
+        left = each["not_measured"].keys() - each["cells"].keys()
+        missing = [each["not_measured"][key] for key in sorted(left)]
+        each["about"] = {"not_measured": missing, "left_out": each["left_out"]}
+        each["cells"] = [each["cells"][key] for key in sorted(each["cells"])]
+    files = Counter(name for name, _ in models)
+    return {
+        name if files[name] == 1 else f"{name}, {nbytes or 'unknown'} bytes": each
+        for (name, nbytes), each in models.items()
+    }
+
+
+def measured_by(record: Data) -> str:
+    """The command of a record, its patched build and its day."""
+    command = one_line(record["command"])
+    return f"`{command}` ({record['engines']['patched']['commit']}, {str(record['created'])[:10]})"
+
+
+def operator_rows(records: Iterable[Data]) -> dict[str, list[Data]]:
+    """The rows of each operator on a device, from its latest record."""
+    rows: dict[str, list[Data]] = {}
+    for record in by_age(records):
+        found = record.get("device_operators", ())
+        for name in dict.fromkeys(row["operator"] for row in found):
+            rows[name] = [row for row in found if row["operator"] == name]
+    return rows
