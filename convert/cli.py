@@ -173,7 +173,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", help="set the model's name in the metadata (default: that of the checkpoint's folder)")
     flag("--dry-run", help="check the checkpoint without reading weights; print the plan")
     flag("--resume", help="continue an unfinished OUT of the same checkpoint and options")
-    flag("--force", help="overwrite OUT if it exists; without --resume, discard an unfinished OUT")
+    flag(
+        "--force",
+        help="overwrite OUT if it exists, with --model-card also README.md; without --resume, discard an unfinished "
+        "OUT",
+    )
     add(
         "--split-max-size",
         metavar="SIZE",

@@ -77,7 +77,9 @@ def on_the_cpu(mix: str, card: int) -> int:
 
 
 def table() -> Iterator[str]:
-    yield "| card | " + " | ".join(f"{mix}, {sizes(mix).total / 1e9:.1f} GB" for mix in MIXES) + " |"
+    totals = [(mix, sizes(mix).total) for mix in MIXES]
+    titles = (f"{mix}, {total / 1e9:.1f} GB ({total / GIB:.1f} GiB)" for mix, total in totals)
+    yield f"| card | {' | '.join(titles)} |"
     yield "| --- |" + " --- |" * len(MIXES)
     for card in CARDS:
         cells = []
@@ -87,9 +89,9 @@ def table() -> Iterator[str]:
             cells.append(
                 f"`--n-cpu-moe {n}`: {moved / GIB:.1f} GiB of experts in the CPU's memory"
                 if n
-                else "all of it"
+                else "all experts on the card"
             )
-        yield f"| {card} GB | {' | '.join(cells)} |"
+        yield f"| {card} GiB | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

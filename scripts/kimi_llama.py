@@ -50,8 +50,8 @@ _ALL_USED = """\
 All operators that the device has are used (absent: it does not have the operator). To report this result, paste the
 text above into an issue of this project."""
 _NOT_USED = """\
-Operators that did not pass are not used on that device; upstream's graph or kernels are used instead. To report this
-result, paste the text above into an issue of this project."""
+Operators that did not pass, or could not be checked, are not used on that device; upstream's graph or kernels are used
+instead. To report this result, paste the text above into an issue of this project."""
 
 _ELSEWHERE = f"{WORKERS} HOST:PORT,... computes on other machines: kimi-llama worker --help\n\n"
 _WHOLE = "The output gets its name when it is complete; if the command fails or is interrupted, no file is left.\n\n"
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         "--devices",
         action="store_true",
         help="check, on each GPU, the operators of the build that runs, and print the results as text for an issue; "
-        "the exit status is 1 if an operator did not pass",
+        "the exit status is 1 if an operator is not used",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 

@@ -108,14 +108,16 @@ class Report:
         """What the gates do not cover, one sentence each."""
         kind, bounded = self.gguf["lowest_type"], len(self.tensors.bounded)
         said = []
+        upstream = next((rival for rival in self.rivals if rival.title == UPSTREAM), None)
         if kind not in LIMITS:
-            said.append(f"No limits of the logits exist for {kind}.")
+            other = " except the error of upstream" if upstream is not None and upstream.runs else ""
+            said.append(f"No limits of the logits exist for {kind}{other}.")
         if bounded:
             said.append(
                 f"{bounded} tensors were checked only by their NMSE; `convert-kimi verify` compares the bytes of a "
                 "file that convert-kimi made."
             )
-        if any(rival.title == UPSTREAM and rival.failed for rival in self.rivals):
+        if upstream is not None and upstream.failed:
             said.append("Upstream llama.cpp could not run, so this file was not compared with it.")
         return said
 

@@ -125,6 +125,11 @@ struct Case {
         return out;
     }
 
+    // Replaces a value in the middle of a row of activations.
+    void set_value(int64_t row, float value) {
+        ggml_backend_tensor_set(full, &value, row * full->nb[1] + s.k / 2 * sizeof(float), sizeof(value));
+    }
+
     // sums over all columns of the result: squared error, and squared value
     double nmse(const std::vector<float> & out) const {
         double error = 0, power = 0;
@@ -249,6 +254,41 @@ static void check_columns(Shape s) {
     }
 }
 
+struct Kind {
+    ggml_type type;
+    bool      repack;
+    int64_t   block;  // K is a multiple of it
+};
+
+// A value that is not finite reaches the results of its column, all of them, and no others.
+static void check_not_finite(const Kind & kind) {
+    Shape s;
+    s.type   = kind.type;
+    s.repack = kind.repack;
+    s.k      = 768;
+    s.n_rows = kind.repack ? 40 : 47;
+    for (const int64_t n : { 1, 3, 40 }) {
+        s.n_tokens                     = n;
+        const std::vector<float> whole = Case(s).compute(1);
+        for (const float value : { NAN, INFINITY, -INFINITY }) {
+            Case broken(s);
+            broken.set_value(n / 2, value);
+            const std::vector<float> found    = broken.compute(2);
+            int                      n_finite = 0, n_other = 0;
+            for (size_t i = 0; i < found.size(); i++) {
+                if ((int64_t) i / s.n_rows == n / 2) {
+                    n_finite += std::isfinite(found[i]);
+                } else {
+                    n_other += memcmp(&found[i], &whole[i], sizeof(float)) != 0;
+                }
+            }
+            expect(n_finite == 0 && n_other == 0,
+                   name_of(s) + text(": %g in a column: %d finite results, %d other results in other columns", value,
+                                     n_finite, n_other));
+        }
+    }
+}
+
 // Every thread has its own rows then.
 static void check_numa(Shape s) {
     const std::vector<float> expected = Case(s).compute(1);
@@ -264,12 +304,6 @@ static void check_numa(Shape s) {
                name_of(s) + text(": other bits with NUMA and %d threads", n_threads));
     }
 }
-
-struct Kind {
-    ggml_type type;
-    bool      repack;
-    int64_t   block;  // K is a multiple of it
-};
 
 static const Kind kinds[] = {
     { GGML_TYPE_Q4_0, false, 32 },  { GGML_TYPE_Q4_0, true, 32 },    { GGML_TYPE_Q5_0, false, 32 },
@@ -432,6 +466,9 @@ int main() {
         }
         if (chosen()) {
             check_columns_of(kind);
+        }
+        if (chosen() && (cpu_has("AVX2") || cpu_has("DOTPROD"))) {  // else upstream's matmul
+            check_not_finite(kind);
         }
     }
     if (chosen()) {

@@ -1,10 +1,13 @@
-// Activations: quantized to the same quants and scales as in ggml for the type of the weights, and packed for tiles.
+// Activations: quantized to the same quants and scales as in ggml for the type of the weights (if they are finite), and
+// packed for tiles.
 // Tests compare with quantize_row_q8_0 for x86, quantize_row_q8_K, ggml_cpu_fp32_to_bf16 and ggml_cpu_fp32_to_fp16.
 
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "quant-gemm-panel.h"
 #include "simd-mappings.h"
+
+#include <cmath>
 
 namespace quant_gemm {
 
@@ -25,7 +28,8 @@ size_t act_row_size(Scheme scheme, int64_t k) {
 
 #if QUANT_GEMM_KERNELS
 
-constexpr int VECTORS_OF_16 = 16 / LANES;
+constexpr int      VECTORS_OF_16 = 16 / LANES;
+constexpr unsigned ALL_LANES     = (1u << LANES) - 1;
 
 // Rounds 32 scaled values to quants; returns their sums by 16, contiguous.
 static inline void round_codes(const float * x, float scale, int8_t * codes, int32_t (&sums)[2]) {
@@ -41,13 +45,16 @@ static inline void round_codes(const float * x, float scale, int8_t * codes, int
     }
 }
 
-// The largest magnitude of n values.
+// The largest magnitude of n values; NaN if one of them is not finite, so that the result is NaN.
 static inline float largest_of(const float * x, int n) {
     Floats largest = floats(0.0f);
+    Floats nothing = floats(0.0f);  // NaN where a value is not finite
     for (int i = 0; i < n; i += LANES) {
-        largest = max(abs(load_floats(x + i)), largest);
+        const Floats value = load_floats(x + i);
+        largest            = max(abs(value), largest);
+        nothing            = fma(value, floats(0.0f), nothing);
     }
-    return max_lane(largest);
+    return lanes_equal(nothing, floats(0.0f)) == ALL_LANES ? max_lane(largest) : NAN;
 }
 
 // As ggml computes it on each processor.
@@ -83,9 +90,13 @@ static void pack_q8_0(int offset, const float * x, int64_t k, ActBlocks * packed
     }
 }
 
-// The first of 256 values with the largest magnitude.
+// The first of 256 values with the largest magnitude; NaN if one of them is not finite.
 static inline float extreme(const float * x) {
-    const Floats all = floats(largest_of(x, SLICE));
+    const float largest = largest_of(x, SLICE);
+    if (std::isnan(largest)) {
+        return largest;
+    }
+    const Floats all = floats(largest);
     for (int i = 0; i < SLICE; i += LANES) {
         const unsigned found = lanes_equal(abs(load_floats(x + i)), all);
         if (found != 0) {
