@@ -28,7 +28,9 @@ REQUESTS = {
 def ask(server: RunningServer, path: str) -> tuple[int, str]:
     """Status and body of the answer to a request that waits for the whole answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=2 * PATIENCE)
-    connection.request("POST", path, json.dumps(REQUESTS[path] | ENDLESS), {"Content-Type": "application/json"})
+    connection.request(
+        "POST", path, json.dumps(REQUESTS[path] | ENDLESS), {"Content-Type": "application/json"}
+    )
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
 
