@@ -247,17 +247,17 @@ def find(name: str | None = None, upstream: bool = False) -> Engine | None:
 
 
 def select(name: str | None = None, upstream: bool = False, make: bool = True) -> Engine:
-    """The build that runs, as in `find`; if it does not exist and `make` allows it, it is made now."""
+    """The build that runs, as in `find`. If the default one does not exist and `make` allows it, it is made now."""
     engine = find(name, upstream)
     if engine is not None:
         return engine
     wanted, origin = _wanted(name, upstream)
-    if not make:
+    if not make or wanted != DEFAULT:
         raise EngineError(f"build {wanted}{origin}: it is not built yet", todo=_command(wanted, upstream))
     with reporting() as reporter:
         kind = "upstream llama.cpp" if upstream else "the patched llama.cpp"
         reporter.note(f"{kind} is not built yet: building it now, once; this takes minutes")
-    return ensure(upstream, wanted)
+    return ensure(upstream)
 
 
 def options_of(name: str | None = None) -> tuple[str, tuple[tuple[str, str], ...]]:

@@ -181,6 +181,17 @@ def test_a_name_of_no_build_is_refused_with_those_there_are(folder: Path, argume
     assert ("kimi-llama build -D GGML_LTO=ON" in done.stderr) == (arguments[0] == "use")
 
 
+@pytest.mark.parametrize(
+    ("options", "variables"), [(["--build", "vulkan"], {}), ([], {"KIMI_BUILD": "vulkan"})], ids=str
+)
+def test_a_named_build_is_not_made_by_a_program_that_needs_it(
+    options: list[str], variables: dict[str, str], folder: Path
+) -> None:
+    done = call(folder, "run", *options, str(folder / "model.gguf"), **variables)
+    assert done.returncode == 1
+    assert "it is not built yet" in done.stderr and "kimi-llama build --backend vulkan" in done.stderr
+
+
 def test_who_gave_a_name_that_means_no_build_is_said(folder: Path) -> None:
     assert "KIMI_BUILD" in call(folder, "path", KIMI_BUILD="abacus").stderr
 
