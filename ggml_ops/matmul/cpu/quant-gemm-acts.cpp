@@ -7,6 +7,7 @@
 #include "quant-gemm-panel.h"
 #include "simd-mappings.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace quant_gemm {
@@ -31,8 +32,13 @@ size_t act_row_size(Scheme scheme, int64_t k) {
 constexpr int      VECTORS_OF_16 = 16 / LANES;
 constexpr unsigned ALL_LANES     = (1u << LANES) - 1;
 
-// Rounds 32 scaled values to quants; returns their sums by 16, contiguous.
+// Rounds 32 scaled values to quants; returns their sums by 16, contiguous. Where the scale is NaN, all are 0.
 static inline void round_codes(const float * x, float scale, int8_t * codes, int32_t (&sums)[2]) {
+    if (std::isnan(scale)) {
+        std::fill(codes, codes + BLOCK, (int8_t) 0);
+        sums[0] = sums[1] = 0;
+        return;
+    }
     for (int i = 0; i < 2; i++) {
         Ints sum = ints(0);
 #pragma GCC unroll 4
