@@ -1,5 +1,5 @@
-// The memory that attention needs on a device, asked of the device and of a worker that has the same one. The same
-// worker is asked for growing and for shrinking caches, and for V as a part of K and as a tensor of its own.
+// The memory that attention needs on a device, asked of the device and of a worker that has the same one. The
+// number of keys grows and falls from question to question, and V is the beginning of K or another tensor.
 //
 // Arguments: the backend's library, and the worker's HOST:PORT.
 

@@ -15,22 +15,28 @@ ROOT = Path(__file__).parents[2]
 EXTRAS = "build,validate,hub"  # as in README.md
 
 
+def write_program(path: Path, text: str) -> None:
+    """A shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def install(folder: Path, extras: str, maker: str = sys.executable) -> None:
+    """Run scripts/environment of a folder. maker: the Python that makes environments."""
+    for name in ("scripts/environment", "pyproject.toml", "constraints.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        if not (folder / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    command = [str(folder / "scripts/environment"), extras]
+    subprocess.run(command, env=os.environ | {"PYTHON": maker}, check=True)
+
+
 def test_the_extras_are_installed_once(tmp_path: Path) -> None:
     """With a stand-in for the environment's Python, which notes its arguments."""
-    for name in ("scripts/environment", "pyproject.toml", "constraints.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    python = tmp_path / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\necho "$@" >> .venv/noted\n')
-    python.chmod(0o755)
-
-    def run(extras: str) -> None:
-        command = [str(tmp_path / "scripts/environment"), extras]
-        subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, check=True)
-
-    run(EXTRAS)
-    run(EXTRAS)
+    write_program(tmp_path / ".venv/bin/python", 'echo "$@" >> .venv/noted')
+    install(tmp_path, EXTRAS)
+    install(tmp_path, EXTRAS)
 
     def noted() -> list[str]:
         """The installations."""
@@ -38,34 +44,23 @@ def test_the_extras_are_installed_once(tmp_path: Path) -> None:
             line for line in (tmp_path / ".venv/noted").read_text().splitlines() if line != "-m pip --version"
         ]
 
-    install = "-m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e"
-    assert noted() == [f"{install} .[{EXTRAS}]"]
+    command = "-m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e"
+    assert noted() == [f"{command} .[{EXTRAS}]"]
     with (tmp_path / "constraints.txt").open("a") as file:
         file.write("# changed\n")
-    run(EXTRAS)
-    run("cuda")
-    assert noted() == [f"{install} .[{EXTRAS}]"] * 2 + [f"{install} .[cuda]"]
+    install(tmp_path, EXTRAS)
+    install(tmp_path, "cuda")
+    assert noted() == [f"{command} .[{EXTRAS}]"] * 2 + [f"{command} .[cuda]"]
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {*EXTRAS.split(","), "cuda"} <= set(known)
 
 
 def test_an_environment_without_pip_gets_it(tmp_path: Path) -> None:
     """As Ctrl-C leaves it; with a stand-in for the Python that makes environments."""
-    for name in ("scripts/environment", "pyproject.toml", "constraints.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    python = tmp_path / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\nexit 1\n")
-    python.chmod(0o755)
-    maker = tmp_path / "maker"
-    maker.write_text(
-        f'#!/bin/sh\n[ "$2" = venv ] || exec {sys.executable} "$@"\n'
-        'printf "#!/bin/sh\\necho \\"\\$@\\" >> .venv/noted\\n" > "$3/bin/python"\n'
-    )
-    maker.chmod(0o755)
-    command = [str(tmp_path / "scripts/environment"), EXTRAS]
-    subprocess.run(command, env=os.environ | {"PYTHON": str(maker)}, check=True)
+    write_program(tmp_path / ".venv/bin/python", "exit 1")
+    makes = 'printf "#!/bin/sh\\necho \\"\\$@\\" >> .venv/noted\\n" > "$3/bin/python"'
+    write_program(tmp_path / "maker", f'[ "$2" = venv ] || exec {sys.executable} "$@"\n{makes}')
+    install(tmp_path, EXTRAS, str(tmp_path / "maker"))
     assert f"-e .[{EXTRAS}]" in (tmp_path / ".venv/noted").read_text()
 
 
@@ -141,11 +136,9 @@ def test_a_mistyped_full_is_refused_before_anything_is_built(words: list[str], c
 )
 def test_pytest_gets_all_other_arguments(words: list[str], selected: list[str], checkout: Path) -> None:
     """With stand-ins for what comes before; that for Python prints its arguments."""
-    (checkout / ".venv/bin").mkdir(parents=True)
     for name in ("scripts/environment", "scripts/lint", ".venv/bin/kimi-llama", ".venv/bin/python"):
         text = 'printf "%s\\n" "$@"' if name.endswith("python") else ""
-        (checkout / name).write_text(f"#!/bin/sh\n{text}\n")
-        (checkout / name).chmod(0o755)
+        write_program(checkout / name, text)
     ended = ran(checkout, "test", *words)
     assert ended.returncode == 0, ended.stderr
     given = ended.stdout.splitlines()

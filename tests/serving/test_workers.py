@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import random
@@ -16,12 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from llama_script import PlayError, Setup, assert_same, decode, play, text
-from llama_server import EXACT, Server, free_port, serving
+from llama_server import EXACT, Server, ask, free_port, serving, wait_for_slots
 from native_program import compile_program, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 from rpc_workers import RpcWorker, network, rpc_workers
@@ -61,14 +59,6 @@ def listed(workers: Sequence[RpcWorker]) -> str:
     return ",".join(worker.endpoint for worker in workers)
 
 
-def ask(server: Server, method: str, path: str, content: dict[str, Any] | None = None) -> tuple[int, str]:
-    """Status and body of the answer to one request, also if it is an error."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=RECOVERY)
-    connection.request(method, path, content and json.dumps(content), {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
-
-
 def endless(server: Server, stream: bool = False) -> tuple[int, str]:
     """A request that takes longer than any test, unless it fails."""
     request = {"prompt": PROMPT, "n_predict": 10**6, "temperature": 0, "ignore_eos": True, "stream": stream}
@@ -77,10 +67,7 @@ def endless(server: Server, stream: bool = False) -> tuple[int, str]:
 
 def wait_for_tokens(server: Server) -> None:
     """Wait until an answer is being generated."""
-    end = time.monotonic() + RECOVERY
-    while not any(slot["is_processing"] for slot in json.loads(ask(server, "GET", "/slots")[1])):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for_slots(server, 1)
     time.sleep(0.3)
 
 

@@ -9,6 +9,8 @@ end shows that the server did not process both.
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
 import subprocess
 import time
@@ -24,6 +26,7 @@ from kimi_gguf.bench.server import PATIENCE, RunningServer, end_server, free_por
 from kimi_gguf.engine.builds import Engine
 
 ATTEMPTS = 3  # times that a request is sent
+BUSY = 60  # seconds that a request may take on a busy machine
 ENDING = 1  # seconds between closing a process's connections and its exit
 EXACT = ("--flash-attn", "on", "-ctk", "f32", "-ctv", "f32", "--threads", "1", "--verbosity", "5")
 
@@ -118,6 +121,24 @@ class Server(RunningServer):
         drafts += [0] * len(re.findall(r"slot decode token, id=", text))
         restored = len(re.findall(r"restoring speculative checkpoint", text))
         return Account(sum(1 + size for size in drafts), len(drafts), restored)
+
+
+def ask(
+    server: RunningServer, method: str, path: str, content: Mapping[str, Any] | None = None
+) -> tuple[int, str]:
+    """Status and body of the answer to one request, also if it is an error."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=BUSY)
+    connection.request(method, path, content and json.dumps(content), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def wait_for_slots(server: RunningServer, count: int) -> None:
+    """Wait until this number of slots processes a request."""
+    end = time.monotonic() + BUSY
+    while sum(slot["is_processing"] for slot in json.loads(ask(server, "GET", "/slots")[1])) < count:
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def serving(engine: Engine, folder: Path, gguf: Path, *options: str) -> AbstractContextManager[Server]:

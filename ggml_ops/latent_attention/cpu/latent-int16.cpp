@@ -10,7 +10,6 @@ namespace latent {
 
 #if LATENT_INT16
 
-// NaN if a value is not finite.
 static float largest_magnitude(const float * x, int64_t n) {
     vf      largest = v_set(0.0f);
     vf      nothing = v_set(0.0f);  // NaN if a value is not finite

@@ -42,7 +42,8 @@ struct CodeTile {
 void read_codes(const KeyTile & tile, ggml_type type, const char * src, size_t stride, CodeTile & codes);
 
 // Values of x[d0 .. d1), scaled so that the largest magnitude of all n values becomes INT16_MAX, and rounded: pair by
-// pair (the first in the lower half) to pairs[0], pairs[ldp], ... d0 and d1 are even. Returns that magnitude, or NaN if a value is not finite.
+// pair (the first in the lower half) to pairs[0], pairs[ldp], ... d0 and d1 are even. Returns that magnitude, or NaN if a
+// value is not finite.
 float round_pairs(const float * x, int64_t n, int64_t d0, int64_t d1, int32_t * pairs, int64_t ldp);
 
 // scores[key][col] = scale[col] * sum over d of queries[d][col] * codes[key][d] * scales[key][d/32].

@@ -123,7 +123,7 @@ void add_mask(
     }
 }
 
-bool all_finite(const float * x, int64_t n) {
+static bool all_finite(const float * x, int64_t n) {
     return std::all_of(x, x + n, [](float value) { return std::isfinite(value); });
 }
 

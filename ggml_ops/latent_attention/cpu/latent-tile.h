@@ -97,8 +97,6 @@ int64_t           next_tile(const MaskRows & mask,
 void add_mask(
     const KeyTile & tile, const ggml_fp16_t * mask, int64_t col0, int64_t col1, int64_t n_cols, float * scores);
 
-bool all_finite(const float * x, int64_t n);
-
 // For keys whose values (rows [n_keys][n] with stride ld) have an infinity or NaN: sets their scores [n_keys][n_cols], to
 // which no mask has been added, to NaN and the values to 0. Queries that see such a key then have the result NaN, and
 // others multiply 0 by 0.
