@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,7 @@ APPLE_SOURCE = "https://dougallj.github.io/applecpu/firestorm.html"
 CORES = (
     Core("Neoverse V2, i8mm", "neoverse-v2", I8MM, "smmla"),
     Core("Neoverse V2, dot products only", "neoverse-v2", DOTPROD, "sdot"),
+    Core("Apple M2, i8mm, counted", APPLE, I8MM, "smmla"),
     Core("Apple M1, counted", APPLE, DOTPROD, "sdot"),
     Core("Cortex-A510, i8mm", "cortex-a510", I8MM, "smmla"),
     Core("Cortex-A55", "cortex-a55", DOTPROD, "sdot"),
@@ -57,42 +58,64 @@ CORES = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """A function, and the units of 16 multiply-adds that one turn of its outermost loop computes."""
+    """A function, and the units of 16 multiply-adds that one turn of its outermost loop computes, or one call."""
 
     source: str
     name: str  # a regular expression
     units: int = INNERMOST
+    per_call: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """Kernels of some types: ours, upstream's of rows, and of interleaved rows with and without i8mm."""
+    """Kernels of a type: ours, upstream's of rows, and of interleaved rows; the last two with and without i8mm."""
 
     types: str
     ours: Kernel
+    ours_i8mm: Kernel
     rows: Kernel | None = None
     interleaved: Kernel | None = None
     interleaved_i8mm: Kernel | None = None
 
-    def on(self, core: Core) -> Kernel | None:
+    def ours_on(self, core: Core) -> Kernel:
+        """Our kernel on a core."""
+        return self.ours_i8mm if core.march == I8MM else self.ours
+
+    def interleaved_on(self, core: Core) -> Kernel | None:
         """Upstream's kernel of interleaved rows on a core."""
         return self.interleaved_i8mm if core.march == I8MM else self.interleaved
 
 
 TILE = "quant-gemm-tile.cpp"
+TILE_I8MM = "quant-gemm-tile-i8mm.cpp"
 DOT = "quant-gemm-dot.cpp"
 ROWS = "quants.c"
 INTERLEAVED = "repack.cpp"
 
 
-def tile(scheme: str) -> Kernel:
-    """The tile of four columns."""
-    return Kernel(TILE, rf"tile_q8_{scheme}, 4>")
+# Units of a tile: 4 columns of activations by 8 rows, 256 values of K.
+TILE_UNITS = 512
 
 
-def dot(block: str, units: int = INNERMOST) -> Kernel:
-    """The dot products of one column: the compiler may inline their loop."""
-    return Kernel(DOT, rf"(dot_lanes|add_products_of_rows)<.*block_{block}, 1>", units)
+def tiles(scheme: str) -> tuple[Kernel, Kernel]:
+    """The tile of four columns, and that for i8mm."""
+    if scheme == "0":
+        ours, with_i8mm = "tile_q8_0<.*, 4>", "tile_of_blocks<2>"
+    else:
+        ours, with_i8mm = (
+            rf"tile_q8_K<.*Scheme\){scheme}.*, 4>",
+            rf"tile_of_super_block<.*Scheme\){scheme}, 2>",
+        )
+    return (
+        Kernel(TILE, ours, TILE_UNITS, per_call=True),
+        Kernel(TILE_I8MM, with_i8mm, TILE_UNITS, per_call=True),
+    )
+
+
+def dots(block: str, units: int = INNERMOST) -> tuple[Kernel, Kernel]:
+    """The dot products of one column, the same with i8mm: the compiler may inline their loop."""
+    kernel = Kernel(DOT, rf"(dot_lanes|add_products_of_rows)<.*block_{block}, 1>", units)
+    return kernel, kernel
 
 
 def row(name: str) -> Kernel:
@@ -103,28 +126,27 @@ def interleaved(name: str, units: int = INNERMOST) -> Kernel:
     return Kernel(INTERLEAVED, f"^ggml_{name}_q8_[0K]$", units)
 
 
-# Units: 4 columns of activations by 8 rows (K types), 256 values of K.
 PROMPTS = (
-    Row("Q4_0", tile("0<.*"), None, interleaved("gemm_q4_0_4x4"), interleaved("gemm_q4_0_4x8")),
-    Row("Q8_0", tile("0<.*"), None, interleaved("gemm_q8_0_4x4"), interleaved("gemm_q8_0_4x8")),
-    Row("Q4_K", tile(r"K<.*Scheme\)3.*"), None, interleaved("gemm_q4_K_8x4", 512), interleaved("gemm_q4_K_8x8", 512)),
-    Row("Q5_K", tile(r"K<.*Scheme\)3.*"), None, interleaved("gemm_q5_K_8x4", 512), interleaved("gemm_q5_K_8x8", 512)),
-    Row("Q6_K", tile(r"K<.*Scheme\)2.*"), None, interleaved("gemm_q6_K_8x4", 512), interleaved("gemm_q6_K_8x8", 512)),
-    Row("Q3_K", tile(r"K<.*Scheme\)2.*")),
-    Row("Q2_K", tile(r"K<.*Scheme\)4.*")),
-    Row("IQ4_XS", tile(r"K<.*Scheme\)1.*")),
+    Row("Q4_0", *tiles("0"), None, interleaved("gemm_q4_0_4x4"), interleaved("gemm_q4_0_4x8")),
+    Row("Q8_0", *tiles("0"), None, interleaved("gemm_q8_0_4x4"), interleaved("gemm_q8_0_4x8")),
+    Row("Q4_K", *tiles("3"), None, interleaved("gemm_q4_K_8x4", 512), interleaved("gemm_q4_K_8x8", 512)),
+    Row("Q5_K", *tiles("3"), None, interleaved("gemm_q5_K_8x4", 512), interleaved("gemm_q5_K_8x8", 512)),
+    Row("Q6_K", *tiles("2"), None, interleaved("gemm_q6_K_8x4", 512), interleaved("gemm_q6_K_8x8", 512)),
+    Row("Q3_K", *tiles("2")),
+    Row("Q2_K", *tiles("4")),
+    Row("IQ4_XS", *tiles("1")),
 )  # fmt: skip
 DECODING = (
-    Row("Q4_0", dot("q4_0"), row("q4_0"), interleaved("gemv_q4_0_4x4"), interleaved("gemv_q4_0_4x8")),
-    Row("Q8_0", dot("q8_0"), row("q8_0"), interleaved("gemv_q8_0_4x4"), interleaved("gemv_q8_0_4x8")),
-    Row("Q5_0", dot("q5_0"), row("q5_0")),
-    Row("IQ4_NL", dot("iq4_nl"), row("iq4_nl"), interleaved("gemv_iq4_nl_4x4"), interleaved("gemv_iq4_nl_4x4")),
-    Row("Q4_K", dot("q4_K", 64), row("q4_K"), interleaved("gemv_q4_K_8x4", 128), interleaved("gemv_q4_K_8x8", 128)),
-    Row("Q5_K", dot("q5_K", 64), row("q5_K"), interleaved("gemv_q5_K_8x4", 128), interleaved("gemv_q5_K_8x8", 128)),
-    Row("Q6_K", dot("q6_K", 64), row("q6_K"), interleaved("gemv_q6_K_8x4", 128), interleaved("gemv_q6_K_8x8", 128)),
-    Row("Q3_K", dot("q3_K", 64), row("q3_K")),
-    Row("Q2_K", dot("q2_K", 64), row("q2_K")),
-    Row("IQ4_XS", dot("iq4_xs", 64), row("iq4_xs")),
+    Row("Q4_0", *dots("q4_0"), row("q4_0"), interleaved("gemv_q4_0_4x4"), interleaved("gemv_q4_0_4x8")),
+    Row("Q8_0", *dots("q8_0"), row("q8_0"), interleaved("gemv_q8_0_4x4"), interleaved("gemv_q8_0_4x8")),
+    Row("Q5_0", *dots("q5_0"), row("q5_0")),
+    Row("IQ4_NL", *dots("iq4_nl"), row("iq4_nl"), interleaved("gemv_iq4_nl_4x4"), interleaved("gemv_iq4_nl_4x4")),
+    Row("Q4_K", *dots("q4_K", 64), row("q4_K"), interleaved("gemv_q4_K_8x4", 128), interleaved("gemv_q4_K_8x8", 128)),
+    Row("Q5_K", *dots("q5_K", 64), row("q5_K"), interleaved("gemv_q5_K_8x4", 128), interleaved("gemv_q5_K_8x8", 128)),
+    Row("Q6_K", *dots("q6_K", 64), row("q6_K"), interleaved("gemv_q6_K_8x4", 128), interleaved("gemv_q6_K_8x8", 128)),
+    Row("Q3_K", *dots("q3_K", 64), row("q3_K")),
+    Row("Q2_K", *dots("q2_K", 64), row("q2_K")),
+    Row("IQ4_XS", *dots("iq4_xs", 64), row("iq4_xs")),
 )  # fmt: skip
 PAGE = """\
 # Estimated speed of matmuls on ARM
@@ -132,27 +154,28 @@ PAGE = """\
 Written by `python -m kimi_gguf.scripts.estimate_arm`; do not edit. No ARM CPU was available: these are predictions of
 llvm-mca (LLVM 16) for the loops in which a kernel spends its time, with all data in L1, compiled by {compiler}.
 LLVM 16 gives the Neoverse V2 the model of the N2, which has two vector units (V2: four), and the Cortex-A510 that of
-the Cortex-A55. Its newest model of an Apple core is of 2013. The figures of the Apple M1 are counted by hand from
-[published throughputs]({apple}), four vector instructions, three loads and eight instructions of any kind per cycle, as
-if nothing ever waited. Read them as limits.
+the Cortex-A55. Its newest model of an Apple core is of 2013. Figures of Apple cores are counted by hand, from
+[published throughputs of the M1]({apple}): four vector
+instructions, three loads and eight instructions of any kind per cycle, as if nothing ever waited. Read them as limits.
 
 All figures are cycles for 16 int8 multiply-adds; fewer is better. `sdot` computes 16 and `smmla` (i8mm) 32.
 
 ## Prompts
 
 In parentheses: the share of the peak, which is the rate of independent `sdot` or `smmla` instructions. *Interleaved*:
-upstream's kernel for the weights that it interleaves at load. The patched kernel reads panels and computes four columns
-at a time. Unpacking a panel is not included, because it serves all columns of a task (up to 128). Upstream's kernels
-unpack the weights again for every four columns.
+upstream's kernel for the weights that it interleaves at load. The patched kernel reads panels. Its figures are of a
+tile with everything that belongs to it: four columns by eight rows by 256 values, with factors, minima and scales. Not
+included is what serves many tiles: unpacking a panel, for all columns of a task (up to 128), and with i8mm the pairing
+of two columns, for 32 rows. Upstream's kernels unpack the weights again for every four columns.
 
 {prompts}
-With i8mm, pairing 16 values of two columns takes two instructions. Types with a scale per 32 weights as a float
-(Q4_0, Q8_0) also take 5 vector instructions for 4 `smmla`: each integer sum is converted, multiplied and added, as
-upstream does. So they cannot reach more than 4 of 9, 44 % of the peak.
+A share of 100 % is not possible, as sums are multiplied with factors and scales. With i8mm, a tile takes 256 `smmla`
+and at least 88 (IQ4_XS) to 208 (Q2_K) other vector instructions. Their counts limit the share to 57 % (Q4_0, Q8_0),
+67 % (Q4_K, Q5_K), 63 % (Q6_K, Q3_K), 55 % (Q2_K) and 74 % (IQ4_XS).
 
-The Cortex-A55 executes instructions in order, and a sum or a load takes three cycles. GCC places products that are
-added to the same sum next to each other, so the core waits. [Other orders](negative-results.md#matmul-cpu) reached 37
-to 51 % of the peak.
+The Cortex-A55 executes instructions in order, and a sum or a load takes three cycles. So the code loads weights ahead,
+and adds to eight sums in turn; without this order tiles take 1.2 to 1.8 times as long. [Orders of the
+compiler](negative-results.md#matmul-cpu) reached up to 51 % of the peak, but were slower elsewhere.
 
 ## Decoding
 
@@ -186,8 +209,7 @@ def loops(instructions: list[tuple[int, str]]) -> Iterator[Loop]:
         target = re.match(r"(?:b\.\w+|b|cbn?z|tbn?z)\s.*?\b([0-9a-f]+) <", line)
         first = index.get(int(target[1], 16), i) if target else i
         if first < i:
-            body = (re.sub(r"\s*(//|<).*", "", each) for _, each in instructions[first:i])
-            yield Loop(tuple(each for each in body if not re.match(r"(b|bl|b\.\w+|cbn?z|tbn?z|ret)\b", each)))
+            yield Loop(without_branches(each for _, each in instructions[first:i]))
 
 
 def counted(instructions: Sequence[str]) -> float:
@@ -218,14 +240,21 @@ def cycles(instructions: Sequence[str], core: Core) -> float:
     return int(found[1]) / ITERATIONS
 
 
-def estimate(instructions: list[tuple[int, str]], units: int, core: Core, name: str) -> float | None:
+def without_branches(lines: Iterable[str]) -> tuple[str, ...]:
+    """Instructions as llvm-mca reads them."""
+    plain = (re.sub(r"\s*(//|<).*", "", line) for line in lines)
+    return tuple(line for line in plain if not re.match(r"(b|bl|br|blr|b\.\w+|cbn?z|tbn?z|ret)\b", line))
+
+
+def estimate(instructions: list[tuple[int, str]], kernel: Kernel, core: Core, name: str) -> float | None:
     """
     The cycles of 16 multiply-adds, or None if no loop has the dot product `name`.
 
-    With `units` the innermost loop takes its rounds, and the loop around it adds what it has more; else the best loop
-    counts.
+    With the units of a kernel the innermost loop takes its rounds, and the loop around it, or the rest of the function,
+    adds what it has more; else the best loop counts.
     """
     width = WIDTHS[name]
+    units = kernel.units
     found = [loop for loop in loops(instructions) if loop.dots(name) >= 2]
     if units == INNERMOST:
         return min(
@@ -236,6 +265,9 @@ def estimate(instructions: list[tuple[int, str]], units: int, core: Core, name: 
     found.sort(key=lambda loop: (loop.dots(name), len(loop.instructions)))
     inner = cycles(found[0].instructions, core)
     rounds = units / (found[0].dots(name) * width)
+    if kernel.per_call:
+        once = cycles(without_branches(line for _, line in instructions), core)
+        return ((rounds - 1) * inner + once) / units
     around = [loop for loop in found[1:] if loop.dots(name) == found[0].dots(name)]
     more = cycles(around[0].instructions, core) - inner if around and rounds > 1 else 0.0
     return (rounds * inner + more) / units
@@ -293,7 +325,7 @@ class Compiled:
         for name, instructions in self._functions(kernel.source, core.march):
             if re.search(kernel.name, name):
                 for dot in dots:
-                    if found := estimate(instructions, kernel.units, core, dot):
+                    if found := estimate(instructions, kernel, core, dot):
                         return found
         raise EngineError(f"{kernel.source} has no function {kernel.name} with {' or '.join(dots)}")
 
@@ -304,10 +336,10 @@ def table_of_prompts(compiled: Compiled) -> str:
     for each in PROMPTS:
         cells = []
         for core in CORES:
-            ours = compiled.estimate(each.ours, core, core.dot)
+            ours = compiled.estimate(each.ours_on(core), core, core.dot)
             independent = [f"{core.dot}\tv{i}.4s, v30.16b, v31.16b" for i in range(24)]
             peak = cycles(independent, core) / len(independent) / WIDTHS[core.dot]
-            theirs = compiled.estimate(each.on(core), core, core.dot, "sdot")
+            theirs = compiled.estimate(each.interleaved_on(core), core, core.dot, "sdot")
             assert ours is not None
             cells.append(f"**{ours:.2f}** ({100 * peak / ours:.0f} %), {said(theirs)}")
         lines.append((each.types, *cells))
@@ -322,7 +354,7 @@ def table_of_decoding(compiled: Compiled) -> str:
         for core in CORES:
             ours, *theirs = (
                 said(compiled.estimate(kernel, core, "sdot"))
-                for kernel in (each.ours, each.rows, each.on(core))
+                for kernel in (each.ours_on(core), each.rows, each.interleaved_on(core))
             )
             cells.append(", ".join((f"**{ours}**", *theirs)))
         lines.append((each.types, *cells))

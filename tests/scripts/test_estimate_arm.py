@@ -8,7 +8,7 @@ import pytest
 
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.scripts import estimate_arm
-from kimi_gguf.scripts.estimate_arm import CORES, INNERMOST, Compiled, Kernel, estimate, functions, loops
+from kimi_gguf.scripts.estimate_arm import CORES, Compiled, Kernel, estimate, functions, loops
 
 # Two loops around each other with two dot products; a branch forwards, and one to another function.
 NESTED = """\
@@ -48,9 +48,11 @@ def test_the_loop_around_adds_what_it_has_more(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(estimate_arm, "cycles", ten_each)
     tile = dict(functions(NESTED))["quant_gemm::tile<4>(int)"]
     # 8 units: four rounds of two dot products, 20 cycles each, and once 20 more
-    assert estimate(tile, 8, CORES[-1], "sdot") == (4 * 20 + 20) / 8
-    assert estimate(tile, INNERMOST, CORES[-1], "sdot") == 20 / 2
-    assert estimate(tile, 8, CORES[-1], "smmla") is None
+    assert estimate(tile, Kernel("", "", 8), CORES[-1], "sdot") == (4 * 20 + 20) / 8
+    # a call has the instructions before and after the loops, too: 10 cycles for the move, without branches
+    assert estimate(tile, Kernel("", "", 8, per_call=True), CORES[-1], "sdot") == (3 * 20 + 50) / 8
+    assert estimate(tile, Kernel("", ""), CORES[-1], "sdot") == 20 / 2
+    assert estimate(tile, Kernel("", "", 8), CORES[-1], "smmla") is None
 
 
 def test_a_kernel_whose_loop_is_in_another_function(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,13 +145,13 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
     int64_t              i;
     const char *         ahead;
     Floats (&total)[N_C];
-    Ints    factor[SLICE / 16];
-    RowSums sums[N_C];
-    Ints    products[N_C];
-    Ints    fourfold[N_C];  // products times four
-    Ints    minimum[N_C];
-    Floats  d;
-    Floats  dmin;
+    Ints     factor[SLICE / 16];
+    RowSums  sums[N_C];
+    Ints     products[N_C];
+    Ints     fourfold[N_C];  // products times four
+    PairSums minimum[N_C];
+    Floats   d;
+    Floats   dmin;
 
     SuperBlockProducts(const char * const * columns, int64_t i, const char * ahead, Floats (&total)[N_C]) :
         columns(columns), i(i), ahead(ahead), total(total) {
@@ -159,7 +159,7 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
         for (int c = 0; c < N_C; c++) {
             products[c] = ints(0);
             fourfold[c] = ints(0);
-            minimum[c]  = ints(0);
+            minimum[c]  = PairSums();
             sums[c][0]  = Type::SCHEME == Scheme::q8_K_256 ? broadcast_ints(&acts(c).start) : ints(0);
         }
     }
@@ -208,11 +208,12 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
         for (int c = 0; c < N_C; c++) {
             const Ints   parts = add_32(products[c], right_signed_32(fourfold[c], 2));
             const Ints   whole = SUB == SLICE ? sums[c][0] : parts;
+            const Ints   less  = total_of_pairs(minimum[c]);
             const Floats scale = broadcast_floats(&acts(c).scale);
             if constexpr (has_minima(Type::SCHEME)) {
-                total[c] = add_super_block(total[c], whole, d, minimum[c], dmin, scale);
+                total[c] = add_super_block(total[c], whole, d, less, dmin, scale);
             } else {
-                total[c] = add_super_block(total[c], sub_32(whole, minimum[c]), d, scale);
+                total[c] = add_super_block(total[c], sub_32(whole, less), d, scale);
             }
         }
     }

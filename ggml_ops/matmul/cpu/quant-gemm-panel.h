@@ -18,14 +18,19 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_KERNELS
 
-constexpr int PANEL_VECTORS = 2;
+constexpr int TILE_VECTORS  = 2;  // vectors of rows in a tile
+constexpr int PANEL_VECTORS = QUANT_GEMM_NEON ? 8 : TILE_VECTORS;
 constexpr int PANEL_ROWS    = PANEL_VECTORS * LANES;
 
 #else
 
-constexpr int PANEL_ROWS = 32;
+constexpr int PANEL_VECTORS = 2;
+constexpr int PANEL_ROWS    = 32;
 
 #endif
+
+// With i8mm, panels have numbers of rows twice, in the order of sums (quant-gemm-tile-i8mm.cpp).
+constexpr int ROW_NUMBERS = (QUANT_GEMM_I8MM ? 2 : 1) * PANEL_ROWS;
 
 constexpr int SLICE    = 256;  // values of K in a panel, so that its 8 KiB and the activations fit in L1
 constexpr int BLOCK    = 32;   // values of K per scale (some types: 16)
@@ -114,19 +119,24 @@ struct alignas(64) Panel {
     union {
         uint8_t  codes[N_BLOCKS][N_GROUPS][PANEL_ROWS][4];
         uint16_t pairs[SLICE_16 / BLOCK][N_PAIRS][PANEL_ROWS][2];  // bf16
-        uint16_t halves[SLICE_16 / 2][2][2]
-                       [PANEL_ROWS / 2];  // f16, and bf16 as float32: per vector of rows, two values of k
+        uint16_t halves[SLICE_16 / 2][PANEL_VECTORS][2]
+                       [PANEL_ROWS / PANEL_VECTORS];  // f16, and bf16 as float32: per vector of rows, two values of k
     };
 
     union {
-        float   scales[N_BLOCKS][PANEL_ROWS];  // q8_0: per block of 32
+        float   scales[N_BLOCKS][ROW_NUMBERS];  // q8_0: per block of 32
         int32_t factors[SLICE / 16]
-                       [PANEL_ROWS];  // q8_K, q8_K_mins: per block of 32 (half of the array), q8_K_16: of 16
+                       [ROW_NUMBERS];  // q8_K, q8_K_mins: per block of 32 (half of the array), q8_K_16: of 16
     };
 
-    float   super_scales[PANEL_ROWS];         // of 256 weights
-    int16_t minima[N_BLOCKS][PANEL_ROWS][2];  // of two neighbouring blocks of 32 (half of the array), or of 16
-    float   minimum_scales[PANEL_ROWS];
+    float super_scales[ROW_NUMBERS];  // of 256 weights
+
+    union {
+        int16_t minima[N_BLOCKS][PANEL_ROWS][2];  // of two neighbouring blocks of 32 (half of the array), or of 16
+        int8_t  minima_of_8[2][PANEL_ROWS][8];    // with i8mm: of eight of them
+    };
+
+    float minimum_scales[ROW_NUMBERS];
 };
 
 // Fills a panel with `n_blocks` blocks of 32 values from block `block` on of the rows row .. row + PANEL_ROWS - 1;
@@ -195,7 +205,7 @@ inline Floats add_super_block(Floats sum, Ints products, Floats scale, Floats ac
 inline Floats
 add_super_block(Floats sum, Ints products, Floats scale, Ints minima, Floats minimum_scale, Floats act_scale) {
     const Floats less = mul(to_floats(minima), minimum_scale);
-    return fma(fms(to_floats(products), scale, less), act_scale, sum);
+    return add_difference(to_floats(products), scale, less, act_scale, sum);
 }
 
 // The same for 32 values with one scale; products: their integer sum.
@@ -204,6 +214,9 @@ inline Floats add_block(Floats sum, Ints products, Floats scale, Floats act_scal
 }
 
 #endif
+
+// With i8mm, the same for one to four columns of quantized weights.
+void multiply_i8mm(const Format & format, const Panel & panel, int n_blocks, Columns columns, float * sums);
 
 // Adds to sums[column][row] (PANEL_ROWS floats per column) the matmul of a panel with packed rows. `columns` points to
 // the first block of the rows that belongs to the panel.

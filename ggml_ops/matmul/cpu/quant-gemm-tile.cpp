@@ -20,8 +20,8 @@ static constexpr int TILE_COLUMNS       = QUANT_GEMM_AVX512 ? 6 : SUMS_OF_16_BIT
 static constexpr int TILE_COLUMNS_PLAIN = !QUANT_GEMM_AVX2 ? 8 : 6;  // bf16 and f16: 16 or 12 float sums
 
 // Values of each vector of rows for each column.
-template <int N_C> using IntGrid   = Ints[N_C][PANEL_VECTORS];
-template <int N_C> using FloatGrid = Floats[N_C][PANEL_VECTORS];
+template <int N_C> using IntGrid   = Ints[N_C][TILE_VECTORS];
+template <int N_C> using FloatGrid = Floats[N_C][TILE_VECTORS];
 
 template <int N_C> static inline void load_columns(const char * const * columns, const char * (&act)[N_C]) {
 #pragma GCC                           unroll 8
@@ -34,7 +34,7 @@ template <int N_C> static inline void load_sums(const float * sums, FloatGrid<N_
 #pragma GCC                           unroll 8
     for (int c = 0; c < N_C; c++) {
 #pragma GCC unroll 2
-        for (int v = 0; v < PANEL_VECTORS; v++) {
+        for (int v = 0; v < TILE_VECTORS; v++) {
             f[c][v] = load_floats(sums + c * PANEL_ROWS + v * LANES);
         }
     }
@@ -44,7 +44,7 @@ template <int N_C> static inline void store_sums(const FloatGrid<N_C> & f, float
 #pragma GCC                           unroll 8
     for (int c = 0; c < N_C; c++) {
 #pragma GCC unroll 2
-        for (int v = 0; v < PANEL_VECTORS; v++) {
+        for (int v = 0; v < TILE_VECTORS; v++) {
             store_floats(sums + c * PANEL_ROWS + v * LANES, f[c][v]);
         }
     }
@@ -60,78 +60,9 @@ template <int N, int M> static inline void fill(Ints (&z)[N][M], Ints x) {
     }
 }
 
-// Integer sums while products are added to them (SumGrid), and operations on them:
-//   start_sums    all sums of a column start at the number in its activations
-//   add_groups    adds the products of N_G groups of four values of K
-//   add_times     adds sums times the factors of the rows
-//   sums_of       the sums of column c and vector v of rows
-#if QUANT_GEMM_I8MM
-
-// two columns by two rows in each vector; of an odd number of columns, the last one is a pair of its own
-template <int N_C> using SumGrid = Ints[(N_C + 1) / 2][PANEL_ROWS / 2];
-
-template <int N_C> static inline void start_sums(SumGrid<N_C> & z, const char * const (&act)[N_C], int offset) {
-#pragma GCC                           unroll 4
-    for (int p = 0; p < (N_C + 1) / 2; p++) {
-        const Ints first  = broadcast_ints(act[2 * p] + offset);
-        const Ints second = broadcast_ints(act[std::min(2 * p + 1, N_C - 1)] + offset);
-        const Ints both   = lower_halves(first, second);
-#pragma GCC unroll 4
-        for (int r = 0; r < PANEL_ROWS / 2; r++) {
-            z[p][r] = both;
-        }
-    }
-}
-
-template <Codes, int N_C, int N_G>
-static inline void add_groups(SumGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N_C], int offset) {
-#pragma GCC        unroll 2
-    for (int g = 0; g < N_G; g += 4) {
-        Ints first_8[(N_C + 1) / 2], last_8[(N_C + 1) / 2];  // values of two columns
-#pragma GCC unroll 4
-        for (int p = 0; p < (N_C + 1) / 2; p++) {
-            const Ints first  = load_ints(act[2 * p] + offset + 4 * g);
-            const Ints second = load_ints(act[std::min(2 * p + 1, N_C - 1)] + offset + 4 * g);
-            first_8[p]        = lower_halves(first, second);
-            last_8[p]         = upper_halves(first, second);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < PANEL_ROWS / 2; r++) {
-            const Ints w0 = load_ints(weights + g * PANEL_ROWS * 4 + r * sizeof(Ints));
-            const Ints w1 = load_ints(weights + (g + 2) * PANEL_ROWS * 4 + r * sizeof(Ints));
-#pragma GCC unroll 4
-            for (int p = 0; p < (N_C + 1) / 2; p++) {
-                z[p][r] = add_products_of_two(z[p][r], first_8[p], w0);
-                z[p][r] = add_products_of_two(z[p][r], last_8[p], w1);
-            }
-        }
-    }
-}
-
-template <int N_C> static inline void add_times(SumGrid<N_C> & to, const SumGrid<N_C> & sums, const int32_t * factors) {
-#pragma GCC                           unroll 2
-    for (int v = 0; v < PANEL_VECTORS; v++) {
-        const Ints f       = load_ints(factors + LANES * v);
-        const Ints both[2] = { lower_halves(f, f), upper_halves(f, f) };
-#pragma GCC unroll 4
-        for (int p = 0; p < (N_C + 1) / 2; p++) {
-            to[p][2 * v]     = add_32(to[p][2 * v], total_times(sums[p][2 * v], both[0]));
-            to[p][2 * v + 1] = add_32(to[p][2 * v + 1], total_times(sums[p][2 * v + 1], both[1]));
-        }
-    }
-}
-
-template <int N_C> static inline Ints sums_of(const SumGrid<N_C> & z, int c, int v) {
-    const Ints(&pair)[PANEL_ROWS / 2] = z[c / 2];
-    return c % 2 == 0 ? lower_halves(pair[2 * v], pair[2 * v + 1]) : upper_halves(pair[2 * v], pair[2 * v + 1]);
-}
-
-#else
-
-template <int N_C> using SumGrid = IntGrid<N_C>;
-
-template <int N_C> static inline void start_sums(SumGrid<N_C> & z, const char * const (&act)[N_C], int offset) {
-#pragma GCC unroll 8
+// All sums of a column start at the number in its activations.
+template <int N_C> static inline void start_sums(IntGrid<N_C> & z, const char * const (&act)[N_C], int offset) {
+#pragma GCC                           unroll 8
     for (int c = 0; c < N_C; c++) {
         z[c][0] = broadcast_ints(act[c] + offset);
         z[c][1] = z[c][0];
@@ -144,14 +75,22 @@ static inline void add_some_groups(IntGrid<N_C> &  z,
                                    const uint8_t * weights,
                                    const FourGroups (&acts)[N_C],
                                    std::integer_sequence<int, I...>) {
-    const auto add_group = [&](auto i) {
-        const Ints w0 = in_order(load_ints(weights + i * PANEL_ROWS * 4));
-        const Ints w1 = in_order(load_ints(weights + i * PANEL_ROWS * 4 + sizeof(Ints)));
+    const auto load = [&](int i, int v) {
+        return in_order(load_ints(weights + i * PANEL_ROWS * 4 + v * sizeof(Ints)));
+    };
+    Ints       next[TILE_VECTORS] = { load(0, 0), load(0, 1) };
+    const auto add_group          = [&](auto i) {
+        const Ints w0 = next[0];
+        const Ints w1 = next[1];
+        if constexpr (i + 1 < sizeof...(I)) {
+            next[0] = load(i + 1, 0);
+            next[1] = load(i + 1, 1);
+        }
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
             const auto a = group_of<i>(acts[c]);
-            z[c][0]      = add_products<CODES>(z[c][0], w0, a);
-            z[c][1]      = add_products<CODES>(z[c][1], w1, a);
+            z[c][0]      = in_order(add_products<CODES>(z[c][0], w0, a));
+            z[c][1]      = in_order(add_products<CODES>(z[c][1], w1, a));
         }
     };
     (add_group(std::integral_constant<int, I>()), ...);
@@ -172,7 +111,7 @@ static inline void add_groups(IntGrid<N_C> & z, const uint8_t * weights, const c
     }
 }
 
-template <int N_C> static inline void add_times(SumGrid<N_C> & to, const SumGrid<N_C> & sums, const int32_t * factors) {
+template <int N_C> static inline void add_times(IntGrid<N_C> & to, const IntGrid<N_C> & sums, const int32_t * factors) {
     const Ints f0 = load_ints(factors);
     const Ints f1 = load_ints(factors + LANES);
 #pragma GCC unroll 8
@@ -182,16 +121,10 @@ template <int N_C> static inline void add_times(SumGrid<N_C> & to, const SumGrid
     }
 }
 
-template <int N_C> static inline Ints sums_of(const SumGrid<N_C> & z, int c, int v) {
-    return z[c][v];
-}
-
-#endif
-
 // Integer sums of a block of 32 values.
 template <Codes CODES, int N_C>
 static inline void
-sum_block(SumGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N_C], int offset, int start) {
+sum_block(IntGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N_C], int offset, int start) {
     constexpr int STEP = groups_together(CODES);
     if constexpr (!SUMS_OF_16_BITS) {
         start_sums<N_C>(z, act, start);
@@ -203,13 +136,13 @@ sum_block(SumGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N
         }
 #pragma GCC unroll 8
         for (int g = 0; g < N_GROUPS; g += STEP) {
-            SumGrid<N_C> s;
+            IntGrid<N_C> s;
             fill(s, ints(0));
             add_groups<CODES, N_C, STEP>(s, weights + g * PANEL_ROWS * 4, act, offset + g * 4);
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
 #pragma GCC unroll 2
-                for (int v = 0; v < PANEL_VECTORS; v++) {
+                for (int v = 0; v < TILE_VECTORS; v++) {
                     const Ints total = total_of(s[c][v]);
                     z[c][v]          = in_order(STARTS || g > 0 ? add_32(z[c][v], total) : total);
                 }
@@ -220,23 +153,23 @@ sum_block(SumGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N
 
 // a scale per 32 weights and per 32 activations
 template <Codes CODES, int N_C>
-static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
-    Floats       f[N_C][PANEL_VECTORS];
+static void tile_q8_0(const Panel & panel, int row, int n_blocks, const char * const * columns, float * sums) {
+    Floats       f[N_C][TILE_VECTORS];
     const char * act[N_C];
     load_columns(columns, act);
     load_sums<N_C>(sums, f);
-    const uint8_t * weights = &panel.codes[0][0][0][0];
-    const float *   scales  = panel.scales[0];
+    const uint8_t * weights = panel.codes[0][0][row];
+    const float *   scales  = panel.scales[0] + row;
     for (int b = 0; b < n_blocks; b++) {
-        SumGrid<N_C> z;
+        IntGrid<N_C> z;
         sum_block<CODES, N_C>(z, weights, act, BLOCK * b, (int) offsetof(ActBlocks, starts) + 4 * b);
         const Floats d0 = load_floats(scales);
         const Floats d1 = load_floats(scales + LANES);
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
             const Floats d = broadcast_floats(act[c] + offsetof(ActBlocks, scales) + 4 * b);
-            f[c][0]        = add_block(f[c][0], sums_of<N_C>(z, c, 0), d0, d);
-            f[c][1]        = add_block(f[c][1], sums_of<N_C>(z, c, 1), d1, d);
+            f[c][0]        = add_block(f[c][0], z[c][0], d0, d);
+            f[c][1]        = add_block(f[c][1], z[c][1], d1, d);
         }
         weights += BLOCK * PANEL_ROWS;
         scales += PANEL_ROWS;
@@ -246,19 +179,19 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
 
 // 256 values: a factor for some weights (for all: panels hold quants times factors); minima, or none
 template <Scheme SCHEME, Codes CODES, int N_C>
-static void tile_q8_K(const Panel & panel, const char * const * columns, float * sums) {
+static void tile_q8_K(const Panel & panel, int row, const char * const * columns, float * sums) {
     constexpr int SUB     = weights_per_factor(SCHEME);
     constexpr int MIN_SUB = weights_per_minimum(SCHEME);
     constexpr int STEP    = std::min(4 * groups_together(CODES), std::min(SUB, BLOCK));
     constexpr int STARTS  = SUB == SLICE ? offsetof(ActSuperBlock, start) : offsetof(ActSuperBlock, starts);
-    SumGrid<N_C>  products;
+    IntGrid<N_C>  products;
     const char *  act[N_C];
     load_columns(columns, act);
     fill(products, ints(0));
-    const uint8_t * weights = &panel.codes[0][0][0][0];
-    const int32_t * factors = panel.factors[0];
+    const uint8_t * weights = panel.codes[0][0][row];
+    const int32_t * factors = panel.factors[0] + row;
     for (int b = 0; b < SLICE / SUB; b++) {
-        SumGrid<N_C> s;
+        IntGrid<N_C> s;
         if constexpr (has_starts(SCHEME)) {
             start_sums<N_C>(s, act, STARTS + 4 * b);
         } else {
@@ -278,14 +211,13 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
         weights += SUB * PANEL_ROWS;
         factors += PANEL_ROWS;
     }
-    Ints minima[N_C][PANEL_VECTORS];
-    fill(minima, ints(0));
+    PairSums minima[N_C][TILE_VECTORS] = {};
     if constexpr (MIN_SUB != 0) {
         constexpr size_t SUMS = MIN_SUB == 16 ? offsetof(ActSuperBlock, sums_16) : offsetof(ActSuperBlock, sums);
 #pragma GCC unroll 8
         for (int pair = 0; pair < SLICE / MIN_SUB / 2; pair++) {
-            const Ints m0 = load_ints(&panel.minima[pair][0]);
-            const Ints m1 = load_ints(&panel.minima[pair][LANES]);
+            const Ints m0 = load_ints(panel.minima[pair][row]);
+            const Ints m1 = load_ints(panel.minima[pair][row + LANES]);
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
                 const Ints a = broadcast_ints(act[c] + SUMS + 4 * pair);
@@ -295,19 +227,20 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
         }
     }
 #pragma GCC unroll 2
-    for (int v = 0; v < PANEL_VECTORS; v++) {
-        const Floats d = load_floats(panel.super_scales + LANES * v);
+    for (int v = 0; v < TILE_VECTORS; v++) {
+        const Floats d = load_floats(panel.super_scales + row + LANES * v);
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
             const Floats scale = broadcast_floats(act[c] + offsetof(ActSuperBlock, scale));
             float *      to    = sums + c * PANEL_ROWS + LANES * v;
             const Floats sum   = load_floats(to);
-            const Ints   whole = sums_of<N_C>(products, c, v);
+            const Ints   whole = products[c][v];
+            const Ints   less  = total_of_pairs(minima[c][v]);
             if constexpr (has_minima(SCHEME)) {
-                const Floats dmin = load_floats(panel.minimum_scales + LANES * v);
-                store_floats(to, add_super_block(sum, whole, d, minima[c][v], dmin, scale));
+                const Floats dmin = load_floats(panel.minimum_scales + row + LANES * v);
+                store_floats(to, add_super_block(sum, whole, d, less, dmin, scale));
             } else {
-                store_floats(to, add_super_block(sum, sub_32(whole, minima[c][v]), d, scale));
+                store_floats(to, add_super_block(sum, sub_32(whole, less), d, scale));
             }
         }
     }
@@ -316,12 +249,12 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
 #if QUANT_GEMM_BF16
 
 template <int N_C>
-static void tile_bf16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
-    Floats       f[N_C][PANEL_VECTORS];
+static void tile_bf16(const Panel & panel, int row, int n_blocks, const char * const * columns, float * sums) {
+    Floats       f[N_C][TILE_VECTORS];
     const char * act[N_C];
     load_columns(columns, act);
     load_sums<N_C>(sums, f);
-    const uint16_t * weights = &panel.pairs[0][0][0][0];
+    const uint16_t * weights = panel.pairs[0][0][row];
     for (int p = 0; p < n_blocks * N_PAIRS; p++) {
         const __m512bh w0 = (__m512bh) load_ints(weights + p * PANEL_ROWS * 2);
         const __m512bh w1 = (__m512bh) load_ints(weights + p * PANEL_ROWS * 2 + 32);
@@ -339,16 +272,16 @@ static void tile_bf16(const Panel & panel, int n_blocks, const char * const * co
 
 // 16-bit numbers that WIDEN makes float32, as activations are.
 template <Floats (*WIDEN)(const void *), int N_C>
-static void tile_halves(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
-    Floats       f[N_C][PANEL_VECTORS];
+static void tile_halves(const Panel & panel, int row, int n_blocks, const char * const * columns, float * sums) {
+    Floats       f[N_C][TILE_VECTORS];
     const char * act[N_C];
     load_columns(columns, act);
     load_sums<N_C>(sums, f);
     for (int k = 0; k < n_blocks * BLOCK; k += 4) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            const Floats w0 = WIDEN(panel.halves[k / 2 + i / 2][0][i % 2]);
-            const Floats w1 = WIDEN(panel.halves[k / 2 + i / 2][1][i % 2]);
+            const Floats w0 = WIDEN(panel.halves[k / 2 + i / 2][row / LANES][i % 2]);
+            const Floats w1 = WIDEN(panel.halves[k / 2 + i / 2][row / LANES + 1][i % 2]);
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
                 const Floats a = broadcast_floats(act[c] + (k + i) * sizeof(float));
@@ -360,22 +293,22 @@ static void tile_halves(const Panel & panel, int n_blocks, const char * const * 
     store_sums<N_C>(f, sums);
 }
 
-using Tile = void (*)(const Panel & panel, int n_blocks, const char * const * columns, float * sums);
+using Tile = void (*)(const Panel & panel, int row, int n_blocks, const char * const * columns, float * sums);
 
 template <Scheme SCHEME, Codes CODES, int N_C>
-static void tile(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
+static void tile(const Panel & panel, int row, int n_blocks, const char * const * columns, float * sums) {
     if constexpr (SCHEME == Scheme::q8_0) {
-        tile_q8_0<CODES, N_C>(panel, n_blocks, columns, sums);
+        tile_q8_0<CODES, N_C>(panel, row, n_blocks, columns, sums);
     } else if constexpr (SCHEME == Scheme::bf16) {
 #if QUANT_GEMM_BF16
-        tile_bf16<N_C>(panel, n_blocks, columns, sums);
+        tile_bf16<N_C>(panel, row, n_blocks, columns, sums);
 #else
-        tile_halves<from_bf16, N_C>(panel, n_blocks, columns, sums);
+        tile_halves<from_bf16, N_C>(panel, row, n_blocks, columns, sums);
 #endif
     } else if constexpr (SCHEME == Scheme::f16) {
-        tile_halves<from_halves, N_C>(panel, n_blocks, columns, sums);
+        tile_halves<from_halves, N_C>(panel, row, n_blocks, columns, sums);
     } else {
-        tile_q8_K<SCHEME, CODES, N_C>(panel, columns, sums);
+        tile_q8_K<SCHEME, CODES, N_C>(panel, row, columns, sums);
     }
 }
 
@@ -432,7 +365,15 @@ void multiply(
         for (size_t i = ahead.size * t / n_tiles; i < ahead.size * (t + 1) / n_tiles; i += CACHE_LINE) {
             __builtin_prefetch(ahead.first + i);
         }
-        tiles[end - first - 1](panel, n_blocks, columns.at + first, sums + first * PANEL_ROWS);
+#if QUANT_GEMM_I8MM
+        if (!is_plain(format.scheme)) {
+            multiply_i8mm(format, panel, n_blocks, { columns.at + first, end - first }, sums + first * PANEL_ROWS);
+            continue;
+        }
+#endif
+        for (int row = 0; row < PANEL_ROWS; row += TILE_VECTORS * LANES) {
+            tiles[end - first - 1](panel, row, n_blocks, columns.at + first, sums + first * PANEL_ROWS + row);
+        }
     }
 }
 

@@ -11,10 +11,13 @@ namespace quant_gemm {
 struct PanelLanes {
     Panel & panel;
     int     first;
+    int     offset;  // of the quants
 #if QUANT_GEMM_I8MM
-    Ints even = ints(0);  // the last group with an even j
+    Ints even     = ints(0);  // the last group with an even j
+    Ints previous = ints(0);  // factors
 
     inline void codes(int b, int j, Ints x) {
+        x = sub_8(x, bytes(offset));
         if (j % 2 == 0) {
             even = x;
             return;
@@ -25,11 +28,25 @@ struct PanelLanes {
         store_ints(to, eight[0]);
         store_ints(to + sizeof(Ints), eight[1]);
     }
+
+    inline void scales(int b, Floats x) const { store_twice(panel.scales[b] + 2 * first, x); }
+
+    // minus those that follow: see tile_of_super_block
+    inline void factors(int b, Ints x) {
+        if (b > 0) {
+            store_twice(panel.factors[b - 1] + 2 * first, sub_32(previous, x));
+        }
+        store_twice(panel.factors[b] + 2 * first, x);
+        previous = x;
+    }
+
+    inline void super_scales(Floats x) const { store_twice(panel.super_scales + 2 * first, x); }
+
+    inline void minimum_scales(Floats x) const { store_twice(panel.minimum_scales + 2 * first, x); }
+
+    inline void minima(int pair, Ints x) const { store_pairs(&panel.minima_of_8[pair / 4][first][pair % 4 * 2], x); }
 #else
     inline void codes(int b, int j, Ints x) const { store_ints(panel.codes[b][j][first], x); }
-#endif
-
-    inline void codes_times_4(int b, int j, Ints x) { codes(b, j, right_16(x, 2)); }
 
     inline void scales(int b, Floats x) const { store_floats(panel.scales[b] + first, x); }
 
@@ -40,6 +57,9 @@ struct PanelLanes {
     inline void minima(int pair, Ints x) const { store_ints(panel.minima[pair][first], x); }
 
     inline void minimum_scales(Floats x) const { store_floats(panel.minimum_scales + first, x); }
+#endif
+
+    inline void codes_times_4(int b, int j, Ints x) { codes(b, j, right_16(x, 2)); }
 };
 
 // ---- plain numbers
@@ -97,7 +117,7 @@ template <typename R, typename Type>
 static void
 unpack(const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int n_blocks, Panel & panel) {
     for (int first = 0; first < PANEL_ROWS; first += LANES) {
-        PanelLanes to{ panel, first };
+        PanelLanes to{ panel, first, Type::OFFSET };
         Type::unpack(R(weights, stride, row + first, n_rows), block, n_blocks, to);
     }
 }

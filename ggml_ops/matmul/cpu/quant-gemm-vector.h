@@ -129,7 +129,7 @@ inline Ints   to_ints(Floats x)                  { return _mm512_cvtps_epi32(x);
 inline Floats add(Floats a, Floats b)            { return _mm512_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b)            { return _mm512_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c)  { return _mm512_fmadd_ps(a, b, c); }
-inline Floats fms(Floats a, Floats b, Floats c)  { return _mm512_fmsub_ps(a, b, c); }
+inline Floats add_difference(Floats a, Floats b, Floats c, Floats d, Floats sum) { return _mm512_fmadd_ps(_mm512_fmsub_ps(a, b, c), d, sum); }
 inline Floats abs(Floats x)                      { return _mm512_abs_ps(x); }
 inline Floats max(Floats a, Floats b)            { return _mm512_max_ps(a, b); }
 inline float  max_lane(Floats x)                 { return _mm512_reduce_max_ps(x); }
@@ -215,7 +215,7 @@ inline Ints   to_ints(Floats x)                  { return _mm256_cvtps_epi32(x);
 inline Floats add(Floats a, Floats b)            { return _mm256_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b)            { return _mm256_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c)  { return _mm256_fmadd_ps(a, b, c); }
-inline Floats fms(Floats a, Floats b, Floats c)  { return _mm256_fmsub_ps(a, b, c); }
+inline Floats add_difference(Floats a, Floats b, Floats c, Floats d, Floats sum) { return _mm256_fmadd_ps(_mm256_fmsub_ps(a, b, c), d, sum); }
 inline Floats abs(Floats x)                      { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 inline Floats max(Floats a, Floats b)            { return _mm256_max_ps(a, b); }
 inline unsigned lanes_equal(Floats a, Floats b)  { return (unsigned) _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
@@ -272,6 +272,7 @@ using Floats = float32x4_t;
 constexpr int LANES = 4;
 
 inline Ints in_order(Ints x) {
+    asm volatile("" : "+w"(x));
     return x;
 }
 
@@ -341,7 +342,7 @@ inline Ints   to_ints(Floats x)                  { return vcvtnq_s32_f32(x); }
 inline Floats add(Floats a, Floats b)            { return vaddq_f32(a, b); }
 inline Floats mul(Floats a, Floats b)            { return vmulq_f32(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c)  { return vfmaq_f32(c, a, b); }
-inline Floats fms(Floats a, Floats b, Floats c)  { return vfmaq_f32(vnegq_f32(c), a, b); }
+inline Floats add_difference(Floats a, Floats b, Floats c, Floats d, Floats sum) { return vfmsq_f32(sum, vfmsq_f32(c, a, b), d); }
 inline Floats abs(Floats x)                      { return vabsq_f32(x); }
 inline Floats max(Floats a, Floats b)            { return vmaxnmq_f32(a, b); }
 inline float  max_lane(Floats x)                 { return vmaxnmvq_f32(x); }
@@ -353,12 +354,20 @@ inline Floats rounded_to_half(Floats x)          { return vcvt_f32_f16(vcvt_f16_
 
 // clang-format on
 
-inline Ints add_pairs(Ints sum, Ints a, Ints b) {
-    const int16x8_t x    = vreinterpretq_s16_s32(a);
-    const int16x8_t y    = vreinterpretq_s16_s32(b);
-    const int32x4_t low  = vmull_s16(vget_low_s16(x), vget_low_s16(y));
-    const int32x4_t high = vmull_high_s16(x, y);
-    return vaddq_s32(sum, vpaddq_s32(low, high));
+// of two rows, each number of a pair in a lane of its own
+struct PairSums {
+    Ints low;
+    Ints high;
+};
+
+inline PairSums add_pairs(const PairSums & sums, Ints a, Ints b) {
+    const int16x8_t x = vreinterpretq_s16_s32(a);
+    const int16x8_t y = vreinterpretq_s16_s32(b);
+    return { vmlal_s16(sums.low, vget_low_s16(x), vget_low_s16(y)), vmlal_high_s16(sums.high, x, y) };
+}
+
+inline Ints total_of_pairs(const PairSums & sums) {
+    return vpaddq_s32(sums.low, sums.high);
 }
 
 inline unsigned lanes_equal(Floats a, Floats b) {
@@ -410,10 +419,43 @@ inline Ints add_products_of_two(Ints sums, Ints columns, Ints rows) {
     return vmmlaq_s32(sums, to_8(columns), to_8(rows));
 }
 
+// The same for columns of unsigned bytes.
+inline Ints add_products_of_unsigned(Ints sums, Ints columns, Ints rows) {
+    return vusmmlaq_s32(sums, to_unsigned_8(columns), to_8(rows));
+}
+
+// The lower bytes of the 16-bit numbers of two vectors, and the upper ones.
+inline Ints lower_bytes(Ints a, Ints b) {
+    return from_8(vuzp1q_s8(to_8(a), to_8(b)));
+}
+
+inline Ints upper_bytes(Ints a, Ints b) {
+    return from_8(vuzp2q_s8(to_8(a), to_8(b)));
+}
+
 // Four values of four rows, and the next four of each, as 8 values of the first two rows and of the last two.
 inline void eight_values(Ints first, Ints second, Ints (&x)[2]) {
     x[0] = vzip1q_s32(first, second);
     x[1] = vzip2q_s32(first, second);
+}
+
+// Numbers of rows, in the order of such sums: those of rows 0 and 1 twice, then those of rows 2 and 3 twice.
+inline void store_twice(int32_t * p, Ints x) {
+    store_ints(p, lower_halves(x, x));
+    store_ints(p + LANES, upper_halves(x, x));
+}
+
+inline void store_twice(float * p, Floats x) {
+    store_twice((int32_t *) p, vreinterpretq_s32_f32(x));
+}
+
+// Two numbers of 16 bits of each row, as bytes, every 8 bytes.
+inline void store_pairs(int8_t * p, Ints x) {
+    const int16x4_t pairs = vreinterpret_s16_s8(vmovn_s16(vreinterpretq_s16_s32(x)));
+    vst1_lane_s16((int16_t *) p, pairs, 0);
+    vst1_lane_s16((int16_t *) (p + 8), pairs, 1);
+    vst1_lane_s16((int16_t *) (p + 16), pairs, 2);
+    vst1_lane_s16((int16_t *) (p + 24), pairs, 3);
 }
 
 #endif
@@ -421,6 +463,16 @@ inline void eight_values(Ints first, Ints second, Ints (&x)[2]) {
 #endif
 
 #if QUANT_GEMM_KERNELS
+
+#if !QUANT_GEMM_NEON
+
+using PairSums = Ints;
+
+inline Ints total_of_pairs(Ints x) {
+    return x;
+}
+
+#endif
 
 inline Floats upper_half(Ints x) {
     return lower_half(right_32(x, 16));

@@ -516,10 +516,12 @@ bool ggml_quant_gemm_prefers_rows(const ggml_tensor * op) {
     if (rows == nullptr) {
         return false;
     }
-    // with NEON types of 32 values are decoded faster as upstream interleaves them (docs/arm-estimates.md)
-    const bool slower = QUANT_GEMM_NEON && rows->scheme == quant_gemm::Scheme::q8_0;
-    return !slower && !(quant_gemm::find_format(type, QUANT_GEMM_8X8) != nullptr &&
-                        quant_gemm::environment_switch("KIMI_REPACK", false));
+    // With NEON, upstream interleaves types of 32 values and multiplies them. That is faster, but for two types with i8mm
+    // (docs/arm-estimates.md).
+    const bool upstreams = QUANT_GEMM_NEON && rows->scheme == quant_gemm::Scheme::q8_0;
+    const bool as_fast   = QUANT_GEMM_I8MM && (type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0);
+    const bool has_other = upstreams || quant_gemm::find_format(type, QUANT_GEMM_8X8) != nullptr;
+    return (!upstreams || as_fast) && !(has_other && quant_gemm::environment_switch("KIMI_REPACK", false));
 }
 
 bool ggml_compute_forward_quant_gemm(const ggml_compute_params * params, ggml_tensor * dst, quant_gemm_layout layout) {
