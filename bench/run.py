@@ -48,7 +48,7 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.addresses import addresses
 from kimi_gguf.engine.build_spec import CPU_BACKENDS
 from kimi_gguf.engine.builds import Engine, ensure, exists_or_compiles, options_of, select
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, UsageError
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import available_memory, cores
 
@@ -112,9 +112,9 @@ def other_options(words: Sequence[str], allowed: Sequence[str]) -> list[str]:
 
 
 def check_workers(parsed: argparse.Namespace, words: Sequence[str]) -> None:
-    """Raises `EngineError` for what --workers would ignore: it prints a table, with a fixed number of decodes."""
+    """Raises `UsageError` for what --workers would ignore: it prints a table, with a fixed number of decodes."""
     if others := other_options(words, OPTIONS_OF_WORKERS):
-        raise EngineError(
+        raise UsageError(
             "--workers measures with fewer options, and makes no record",
             expected=f"no options but {', '.join(OPTIONS_OF_WORKERS)}",
             found=", ".join(others),
@@ -123,15 +123,15 @@ def check_workers(parsed: argparse.Namespace, words: Sequence[str]) -> None:
     for option, values in (("--threads", parsed.threads or ()), ("--cache-type", parsed.cache_type)):
         if len(values) > 1:
             found = ",".join(map(str, values))
-            raise EngineError(f"--workers: expected one value of {option}, found {found}", todo="give one")
+            raise UsageError(f"--workers: expected one value of {option}, found {found}", todo="give one")
 
 
 def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
-    """Check what argparse cannot. words: the command line. Raises `EngineError`."""
+    """Check what argparse cannot. words: the command line. Raises `EngineError`, for wrong arguments `UsageError`."""
     if parsed.workers:
         check_workers(parsed, words)
     if parsed.records and parsed.page is None:
-        raise EngineError(
+        raise UsageError(
             "--records measures nothing and needs --page", todo="name the page: --page out/bench.md"
         )
     if parsed.page is not None and not parsed.records and parsed.page.exists():
@@ -159,23 +159,23 @@ def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
         parsed.speculative_demo, parsed.operators and parsed.libraries,
     )  # fmt: skip
     if parsed.operators and parsed.operators != TIMED and not on_device(parsed):
-        raise EngineError(
+        raise UsageError(
             "single operators are chosen on a device only", todo="leave out the name after --operators"
         )
     if on_device(parsed) and any(of_cpu):
-        raise EngineError(
+        raise UsageError(
             "--hybrid, --products, --prompt-cache, --equal-requests, --speculative and --operators --libraries are "
             "measured on the CPU only",
             todo="leave out --backend and --device",
         )
     if parsed.products and any(each is not None for each in (parsed.type, parsed.batch, parsed.depth)):
-        raise EngineError(
+        raise UsageError(
             "--products measures fixed types and shapes", todo="leave out --type, --batch and --depth"
         )
     if parsed.model is not None:
         open_model(parsed.model)  # before builds are made
     if parsed.demo and parsed.type and not set(parsed.type) <= set(DEMO_TYPES):
-        raise EngineError(f"--demo: expected --type {' or '.join(DEMO_TYPES)}, found {','.join(parsed.type)}")
+        raise UsageError(f"--demo: expected --type {' or '.join(DEMO_TYPES)}, found {','.join(parsed.type)}")
 
 
 def chosen_build(parsed: argparse.Namespace, upstream: bool = False) -> Engine:

@@ -23,7 +23,6 @@ from types import FrameType
 from typing import Final, TypeVar
 
 from kimi_gguf.convert.conversion import Options, convert, plan_only, silent, silently
-from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.inspect_model import inspect_model, summary_text
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.model_card import licence_note
@@ -86,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words[1:] if command else words)
     if act is _convert and options.output is None and not options.dry_run:
         parser.error("expected an output file: give -o OUT, or --dry-run")
+    if act is _convert and options.recipe and (given := _types_of_all(options)):
+        parser.error(f"--recipe: sets the types of all tensors; remove {' and '.join(given)}")
     try:
         check_paths(options)
         with _terminable():
@@ -224,6 +225,10 @@ def _memory_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a size such as 700M or 1.5G, found {text!r}")
+    if not match[2] and float(match[1]) < 1 << 20:
+        raise argparse.ArgumentTypeError(
+            f"expected a size with its unit, such as 700M or 1.5G, found {text!r}"
+        )
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
 
@@ -244,13 +249,15 @@ def _split_size_text(size: int) -> str:
     return next(f"{size // factor}{unit}" for unit, factor in SPLIT_UNITS.items() if size % factor == 0)
 
 
+def _types_of_all(options: argparse.Namespace) -> list[str]:
+    """The given options that a recipe replaces."""
+    return [word for word, value in (("--type", options.type), ("--pure", options.pure)) if value]
+
+
 def _request(options: argparse.Namespace) -> TypeRequest:
     """The requested types; the user's options take precedence over those of a mix."""
     plain = TypeRequest(options.type or TYPES["BF16"], default=options.type is None and not options.pure)
     recipe = RECIPES[options.recipe] if options.recipe else plain
-    given = [word for word, value in (("--type", options.type), ("--pure", options.pure)) if value]
-    if options.recipe and given:
-        raise ConvertError(f"--recipe: sets the types of all tensors; remove {' and '.join(given)}")
     return replace(
         recipe,
         output_type=options.output_tensor_type or recipe.output_type,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import UsageError
 
 
 def addresses(text: str) -> tuple[str, ...]:
-    """The addresses, HOST:PORT each. Raises `EngineError`: llama.cpp would describe its own option instead."""
+    """The addresses, HOST:PORT each. Raises `UsageError`: llama.cpp would describe its own option instead."""
     found = tuple(text.split(","))
     for worker in found:
         if not re.fullmatch(r"[^:\s]+:[0-9]{1,5}", worker):
-            raise EngineError(
+            raise UsageError(
                 "--workers: no address of a worker",
                 expected="HOST:PORT,... such as 10.0.0.2:50052",
                 found=worker or "nothing",

@@ -10,6 +10,10 @@ class EngineError(KimiError):
     """llama.cpp cannot be fetched, built, found or run, or a file for it cannot be read."""
 
 
+class UsageError(EngineError):
+    """Wrong arguments, as of argparse: the exit status is 2."""
+
+
 class UnfinishedError(EngineError):
     """A build reached its time limit; what is compiled is kept, and the next build continues."""
 

@@ -6,13 +6,17 @@ hidden folder next to the output, from which the finished files are moved.
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, UsageError
 from kimi_gguf.engine.interrupts import exit_status
 from kimi_gguf.engine.path_check import check_path
 from kimi_gguf.engine.split_names import place_in_set, split_paths
@@ -25,7 +29,7 @@ def quantize(program: Path, model: Path, given: Sequence[str]) -> int:
     """Quantize `model`; return the exit status. Raises `EngineError` for arguments that it cannot pass on.
 
     given: the output, the type, perhaps a number of threads, then options. If it fails or is interrupted, nothing is
-    left, and a file that had the output's name before is unchanged.
+    left, and a file that had the output's name before is unchanged. What a killed run left is removed by the next one.
     """
     words, options = split_arguments(model, given)
     for option, value in pairwise(options):
@@ -35,7 +39,7 @@ def quantize(program: Path, model: Path, given: Sequence[str]) -> int:
         return exit_status([str(program), *options, str(model), *words])
     output = Path(words[0]) if len(words) > 1 else None
     if output is None or output.suffix != _SUFFIX:
-        raise EngineError(
+        raise UsageError(
             "quantize: no output",
             expected="a name that ends in .gguf, and the type after it",
             found=" ".join(words) or "nothing",
@@ -44,11 +48,34 @@ def quantize(program: Path, model: Path, given: Sequence[str]) -> int:
     inputs = (place_in_set(model) or (1, [model]))[1]
     outputs = split_paths(output, len(inputs)) if KEEP_SPLIT in options else [output]
     _check(inputs, outputs)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name:.50}.unfinished-") as folder:
+    with _own_folder(output) as folder:
         status = exit_status([str(program), *options, str(model), str(Path(folder, output.name)), *words[1:]])
         if status == 0:
             _take_names(sorted(Path(folder).iterdir()), output.parent)
     return status
+
+
+@contextmanager
+def _own_folder(output: Path) -> Iterator[str]:
+    """A hidden folder next to the output, locked while it exists. Those of processes that were killed are removed."""
+    prefix = f".{output.name:.50}.unfinished-"
+    for path in output.parent.iterdir():
+        if path.name.startswith(prefix) and path.is_dir() and not path.is_symlink():
+            with suppress(BlockingIOError, FileNotFoundError), _locked(path):
+                shutil.rmtree(path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix) as folder, _locked(Path(folder)):
+        yield folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises `BlockingIOError` if another process has locked the folder."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _take_names(files: Sequence[Path], folder: Path) -> None:
@@ -64,7 +91,7 @@ def split_arguments(model: Path, given: Sequence[str]) -> tuple[list[str], list[
     """(output, type and threads; options). llama-quantize reads options before its files only."""
     first = next((i for i, word in enumerate(given) if word.startswith("--")), len(given))
     if first == 0 and given:
-        raise EngineError(
+        raise UsageError(
             "quantize: wrong order",
             expected="the output and the type before options",
             found=given[0],

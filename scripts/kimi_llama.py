@@ -17,7 +17,7 @@ from pathlib import Path
 from kimi_gguf.bench import cli as bench_cli
 from kimi_gguf.engine.build_spec import BACKENDS
 from kimi_gguf.engine.builds import DEFAULT, ensure, select, use
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, UsageError
 from kimi_gguf.engine.interrupts import INTERRUPTED
 from kimi_gguf.engine.path_check import check_paths
 from kimi_gguf.engine.toolchain import CORES, MAX_THREADS, cores
@@ -54,7 +54,10 @@ Operators that did not pass, or could not be checked, are not used on that devic
 instead. To report this result, paste the text above into an issue of this project."""
 
 _ELSEWHERE = f"{WORKERS} HOST:PORT,... computes on other machines: kimi-llama worker --help\n\n"
-_WHOLE = "The output gets its name when it is complete; if the command fails or is interrupted, no file is left.\n\n"
+_WHOLE = (
+    "The output gets its name when it is complete; if the command fails or is interrupted, no file is left "
+    "and an earlier file of this name is unchanged. Otherwise it is replaced.\n\n"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise  # see scripts/commands.py
     except (KimiError, OSError) as error:
         print(f"kimi-llama: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("kimi-llama: interrupted; no unfinished file is left", file=sys.stderr)
         return INTERRUPTED
@@ -287,7 +290,13 @@ def _parser() -> argparse.ArgumentParser:
     add = sub.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS",
         help="listen on this IPv4 address; there is no authentication (default: %(default)s)")  # fmt: skip
-    add("--port", type=int, default=50052, metavar="PORT", help="listen on this port (default: %(default)s)")
+    add(
+        "--port",
+        type=lambda text: bench_cli.number(text, 65535),
+        default=50052,
+        metavar="PORT",
+        help="listen on this port (default: %(default)s)",
+    )
     add(
         "--threads",
         type=lambda text: bench_cli.number(text, MAX_THREADS),

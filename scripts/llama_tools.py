@@ -18,7 +18,7 @@ from pathlib import Path
 from kimi_gguf.engine.addresses import addresses
 from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.builds import Engine, select
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, UsageError
 from kimi_gguf.engine.gguf_check import check_gguf, check_mtp, check_tokenizer
 from kimi_gguf.engine.interrupts import INTERRUPTED, NO_READER, exit_status
 from kimi_gguf.engine.quantize import quantize
@@ -132,7 +132,7 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
     tool = TOOLS[name]
     check_gguf(model)
     if own := _options(given) & {"--build", "--backend", "--upstream"}:
-        raise EngineError(
+        raise UsageError(
             f"{own.pop()}: what follows MODEL is passed to {tool.program}, which does not know it",
             todo=f"write it in front of MODEL: kimi-llama {name} --build NAME {model} ...",
         )

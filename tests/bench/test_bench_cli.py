@@ -225,38 +225,39 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "message", "status"),
     [
-        ("absent.gguf", "absent.gguf: no such file"),
-        ("text.gguf", "text.gguf: not a GGUF file"),
-        ("--json absent/record.json", "absent/record.json: its folder does not exist"),
-        ("--libraries absent", "absent: no libraries of a build"),
-        ("--records text.gguf", "needs --page"),
-        ("--records text.gguf --page page.md", "text.gguf: not a record of the bench"),
-        ("--demo --type Q4_0", "Q8_0 or BF16"),
-        (f"{WORKERS} --json a.json", "found --json;"),
-        (f"{WORKERS} --record=a.json", "found --record;"),
-        (f"{WORKERS} --page a.md --seconds 1", "found --page, --seconds;"),
-        (f"{WORKERS} --sequences 2", "found --sequences;"),
-        (f"{WORKERS} --in-turns", "found --in-turns;"),
-        (f"{WORKERS} --grid", "found --grid;"),
-        (f"{WORKERS} --hybrid", "found --hybrid;"),
-        (f"{WORKERS} --draw bench.toml", "found --draw;"),
-        (f"{WORKERS} --records a.json", "found --records;"),
-        (f"{WORKERS} --threads 1,2", "expected one value of --threads, found 1,2;"),
-        (f"{WORKERS} --cache-type f16,q8_0", "expected one value of --cache-type, found f16,q8_0;"),
+        ("absent.gguf", "absent.gguf: no such file", 1),
+        ("text.gguf", "text.gguf: not a GGUF file", 1),
+        ("--json absent/record.json", "absent/record.json: its folder does not exist", 1),
+        ("--libraries absent", "absent: no libraries of a build", 1),
+        ("--records text.gguf --page page.md", "text.gguf: not a record of the bench", 1),
+        ("--records text.gguf", "needs --page", 2),
+        ("--demo --type Q4_0", "Q8_0 or BF16", 2),
+        (f"{WORKERS} --json a.json", "found --json;", 2),
+        (f"{WORKERS} --record=a.json", "found --record;", 2),
+        (f"{WORKERS} --page a.md --seconds 1", "found --page, --seconds;", 2),
+        (f"{WORKERS} --sequences 2", "found --sequences;", 2),
+        (f"{WORKERS} --in-turns", "found --in-turns;", 2),
+        (f"{WORKERS} --grid", "found --grid;", 2),
+        (f"{WORKERS} --hybrid", "found --hybrid;", 2),
+        (f"{WORKERS} --draw bench.toml", "found --draw;", 2),
+        (f"{WORKERS} --records a.json", "found --records;", 2),
+        (f"{WORKERS} --threads 1,2", "expected one value of --threads, found 1,2;", 2),
+        (f"{WORKERS} --cache-type f16,q8_0", "expected one value of --cache-type, found f16,q8_0;", 2),
     ],
 )
 def test_errors_are_one_message_and_a_status(
     words: str,
     message: str,
+    status: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.gguf").write_text("hello")
-    assert kimi_llama.main(["bench", *words.split()]) == 1
+    assert kimi_llama.main(["bench", *words.split()]) == status
     found = capsys.readouterr()
     assert message in found.err
     assert "Traceback" not in found.err
@@ -304,12 +305,12 @@ def test_an_option_for_one_number_refuses_several(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("words", ["--depth 0", "--batch 1", "--type Q8_0"])
 def test_single_matmuls_have_no_options_of_models(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert kimi_llama.main(["bench", "--products", *words.split()]) == 1
+    assert kimi_llama.main(["bench", "--products", *words.split()]) == 2
     assert "leave out --type, --batch and --depth" in capsys.readouterr().err
 
 
 def test_a_worker_is_named_by_its_address(capsys: pytest.CaptureFixture[str]) -> None:
-    assert kimi_llama.main(["bench", "--workers", "10.0.0.2:50052,foo"]) == 1
+    assert kimi_llama.main(["bench", "--workers", "10.0.0.2:50052,foo"]) == 2
     assert "expected HOST:PORT,... such as 10.0.0.2:50052, found foo; " in capsys.readouterr().err
 
 

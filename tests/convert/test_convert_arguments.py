@@ -23,6 +23,11 @@ def test_a_misspelt_type_is_answered_with_the_nearest(
     assert run.status == 2 and run.err.endswith(f"found '{wrong}'; did you mean {meant}?\n")
 
 
+def test_a_limit_of_memory_without_a_unit_is_refused(source: Path) -> None:
+    run = convert(source, "--dry-run", "--max-memory", "700")
+    assert run.status == 2 and run.err.endswith("with its unit, such as 700M or 1.5G, found '700'\n")
+
+
 @pytest.mark.parametrize("name", ["kimi-q4", "KIMI-Q3", "mxfp4"])
 def test_a_recipe_given_as_a_type_is_answered_with_its_option(source: Path, name: str) -> None:
     run = convert(source, "--dry-run", "--type", name)
@@ -69,7 +74,7 @@ def test_a_checkpoint_of_the_hub_is_not_a_command() -> None:
 def test_a_recipe_names_the_options_that_it_excludes(source: Path, given: list[str]) -> None:
     run = convert(source, "--dry-run", "--recipe", "kimi-q4", *given)
     excluded = " and ".join(word for word in given if word.startswith("--"))
-    assert run.status == 1 and run.err.endswith(f"; remove {excluded}\n")
+    assert run.status == 2 and run.err.endswith(f"; remove {excluded}\n")
 
 
 def test_the_help_says_when_llama_cpp_must_be_built() -> None:

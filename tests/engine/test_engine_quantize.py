@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.engine.quantize import quantize
+from kimi_gguf.engine.quantize import _own_folder, quantize
 
 # In place of llama-quantize. Its arguments are added to the file `arguments` next to it.
 PROGRAM = """#!/bin/sh
@@ -74,8 +75,8 @@ def test_a_failure_leaves_the_earlier_file(model: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == {"in.gguf", "out.gguf"}
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, by: signal.Signals) -> None:
+def interrupted(tmp_path: Path, model: Path, by: signal.Signals) -> tuple[set[str], str]:
+    """(the names while llama-quantize wrote, standard error) of a run that gets a signal."""
     run = program(tmp_path, WAITS)
     code = (
         "import sys, signal; from pathlib import Path; from kimi_gguf.engine.quantize import quantize\n"
@@ -84,18 +85,47 @@ def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, by: signal.
         "quantize(Path(sys.argv[1]), Path(sys.argv[2]), [sys.argv[3], 'Q8_0'])"
     )
     words = [sys.executable, "-c", code, run, model, tmp_path / "out.gguf"]
-    with subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        list(map(str, words)), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         deadline = time.monotonic() + 60
         while not (waiting := run.with_name("waiting").exists()) and time.monotonic() < deadline:
             time.sleep(0.01)
         meanwhile = names(tmp_path)
-        process.send_signal(by)
+        if by == signal.SIGKILL:  # llama-quantize ends, too
+            os.killpg(process.pid, by)
+        else:
+            process.send_signal(by)
         _, said = process.communicate(timeout=60)
     assert waiting
+    return meanwhile, said
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, by: signal.Signals) -> None:
+    meanwhile, said = interrupted(tmp_path, model, by)
     assert "out.gguf" not in meanwhile
     assert len(meanwhile) == 2  # the model and a hidden folder
     assert "KeyboardInterrupt" in said
     assert names(tmp_path) == {"in.gguf"}
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(model: Path, tmp_path: Path) -> None:
+    interrupted(tmp_path, model, signal.SIGKILL)
+    (tmp_path / ".other.gguf.unfinished-x").mkdir()
+    assert len(names(tmp_path)) == 3
+    run = tmp_path / "programs" / "llama-quantize"
+    run.write_text(PROGRAM + WRITES)
+    assert quantize(run, model, [str(tmp_path / "out.gguf"), "Q8_0"]) == 0
+    assert names(tmp_path) == {"in.gguf", "out.gguf", ".other.gguf.unfinished-x"}
+
+
+def test_a_run_that_writes_the_same_output_keeps_its_folder(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    with _own_folder(out) as other:
+        assert quantize(program(tmp_path, WRITES), model, [str(out), "Q8_0"]) == 0
+        assert Path(other).is_dir()
+    assert names(tmp_path) == {"in.gguf", "out.gguf"}
 
 
 def test_the_longest_name_of_a_file_can_be_an_output(model: Path, tmp_path: Path) -> None:

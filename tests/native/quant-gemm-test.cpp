@@ -432,17 +432,21 @@ static bool is_copied(ggml_type type) {
     return copied;
 }
 
-// Weights are copied with NEON if upstream multiplies them interleaved (types of 32 values), with AVX-512 if the kernels
-// multiply them interleaved and copies are requested, else not.
+// Weights are copied with NEON if upstream multiplies them interleaved (types of 32 values); with i8mm two of these types are
+// copied on request only. With AVX-512 weights are copied if the kernels multiply them interleaved and copies are
+// requested, else not.
 static void check_copies(const char * setting, bool requested) {
     setenv("KIMI_REPACK", setting, 1);
     const std::set<ggml_type> with_neon = { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4 };
+    const std::set<ggml_type> with_i8mm = { GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4 };
+    const char *              i8mm      = getenv("KIMI_I8MM");  // only our sources may have it (share_upstreams)
+    const auto &              unasked   = i8mm != nullptr && *i8mm == '1' ? with_i8mm : with_neon;
     for (const Kind & kind : kinds) {
         if (!kind.repack) {
-            const bool ours = std::any_of(std::begin(kinds), std::end(kinds),
-                                          [&](auto k) { return k.type == kind.type && k.repack; });
-            const bool faster =
-                cpu_has("DOTPROD") ? with_neon.count(kind.type) > 0 : cpu_has("AVX512_VNNI") && ours && requested;
+            const bool ours   = std::any_of(std::begin(kinds), std::end(kinds),
+                                            [&](auto k) { return k.type == kind.type && k.repack; });
+            const bool faster = cpu_has("DOTPROD") ? (requested ? with_neon : unasked).count(kind.type) > 0
+                                                   : cpu_has("AVX512_VNNI") && ours && requested;
             expect(is_copied(kind.type) == faster, std::string(ggml_type_name(kind.type)) + ": copied or not");
         }
     }

@@ -104,7 +104,8 @@ def test_on_arm(architecture: str, program: str) -> None:
     library = str(made.bin / f"libggml-cpu-{architecture}.so")
     slow = (architecture, program) == ("armv8.6_1", "test-kda")  # qemu needs long for SVE
     cases = EMULATED[program] * (2 if slow else 1)
-    passes(made, program, cases, QEMU_CPU=ARM[architecture], KIMI_CPU_BACKEND=library)
+    i8mm = str(int(architecture == "armv8.6_1"))
+    passes(made, program, cases, QEMU_CPU=ARM[architecture], KIMI_CPU_BACKEND=library, KIMI_I8MM=i8mm)
 
 
 @pytest.mark.parametrize("best", [pytest.param(OLDEST_ARM, marks=pytest.mark.full), *NEWER_ARM])
