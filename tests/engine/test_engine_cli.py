@@ -68,7 +68,7 @@ def test_path_before_a_build_says_to_build(tmp_path: Path) -> None:
 )
 def test_a_worker_is_named_by_its_address(built: Path, words: list[str], found: str) -> None:
     ended = call(built, "run", str(built / "model.gguf"), "-p", "x", *words)
-    assert (ended.returncode, ended.stdout) == (1, "")
+    assert (ended.returncode, ended.stdout) == (2, "")
     assert f"expected HOST:PORT,... such as 10.0.0.2:50052, found {found}; " in ended.stderr
     assert "kimi-llama worker --help" in ended.stderr
 
