@@ -390,7 +390,7 @@ static std::vector<Shape> shapes_at_limits(const Kind & kind) {
     Shape              base;
     base.type   = kind.type;
     base.repack = kind.repack;
-    for (const int64_t n : { 1, 2, 3, 16 }) {
+    for (const int64_t n : { 1, 2, 3, 11, 16 }) {
         base.n_tokens = n;
         base.values   = "full";
         shapes.push_back(base);
