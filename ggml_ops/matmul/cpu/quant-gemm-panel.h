@@ -1,13 +1,14 @@
 #pragma once
 
 // Declarations common to the three stages of a matmul: packed activations (quant-gemm-acts.cpp), a panel of unpacked
-// weights (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp). Few columns without a panel:
-// quant-gemm-dot.h.
+// weights (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp, -tile-i8mm.cpp). Few columns
+// without a panel: quant-gemm-dot.h.
 //
-// A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes: for each group of four consecutive k (with
-// i8mm eight), four bytes of every row. Types with signed values are shifted by an offset. To remove its contribution, offset times the
-// sum of the activations' quants, each integer sum starts at minus that. Where sums have 16 bits (AVX2), factors times
-// the offset are subtracted as minima are, and types of 8 bits stay signed.
+// A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes: for each group of four consecutive k, four
+// bytes of every row. Types with signed values are shifted by an offset. To remove its contribution, offset times the sum
+// of the activations' quants, each integer sum starts at minus that. Where sums have 16 bits (AVX2), factors times the
+// offset are subtracted as minima are, and types of 8 bits stay signed. With i8mm, groups have eight k, and all bytes are
+// signed.
 
 #include "quant-gemm-vector.h"
 #include "quant-gemm.h"
@@ -205,7 +206,7 @@ inline Floats add_super_block(Floats sum, Ints products, Floats scale, Floats ac
 inline Floats
 add_super_block(Floats sum, Ints products, Floats scale, Ints minima, Floats minimum_scale, Floats act_scale) {
     const Floats less = mul(to_floats(minima), minimum_scale);
-    return add_difference(to_floats(products), scale, less, act_scale, sum);
+    return add_difference(sum, to_floats(products), scale, less, act_scale);
 }
 
 // The same for 32 values with one scale; products: their integer sum.

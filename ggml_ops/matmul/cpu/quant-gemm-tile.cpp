@@ -1,8 +1,8 @@
 // The tiles: a panel of weight rows, two vectors, times a few activation rows, with the sums in registers.
 //
 // For each four values of K there are two loads of weights; each activation row takes one broadcast, and one or two
-// instructions per vector. With i8mm an instruction multiplies two activation rows by two weight rows, eight values of
-// each. A block of 32 values is summed as integers, then scaled and added as floats.
+// instructions per vector. A block of 32 values is summed as integers, then scaled and added as floats. Quantized weights
+// have other tiles with i8mm (quant-gemm-tile-i8mm.cpp).
 
 #include "quant-gemm-panel.h"
 
@@ -356,17 +356,18 @@ static const Tile * tiles_of(const Format & format) {
 
 void multiply(
     const Format & format, const Panel & panel, int n_blocks, Columns columns, const Ahead & ahead, float * sums) {
-    const Tile * tiles   = tiles_of(format);
-    const int    most    = is_plain(format.scheme) ? TILE_COLUMNS_PLAIN : TILE_COLUMNS;
-    const int    n_tiles = (columns.n + most - 1) / most;
+    const Tile * tiles    = tiles_of(format);
+    const bool   in_pairs = QUANT_GEMM_I8MM && !is_plain(format.scheme);
+    const int    most     = is_plain(format.scheme) ? TILE_COLUMNS_PLAIN : TILE_COLUMNS;
+    const int    n_tiles  = (columns.n + most - 1) / most;
     for (int t = 0; t < n_tiles; t++) {
-        const int first = columns.n * t / n_tiles;
-        const int end   = columns.n * (t + 1) / n_tiles;
+        const int first = in_pairs ? most * t : columns.n * t / n_tiles;
+        const int end   = in_pairs ? std::min(first + most, columns.n) : columns.n * (t + 1) / n_tiles;
         for (size_t i = ahead.size * t / n_tiles; i < ahead.size * (t + 1) / n_tiles; i += CACHE_LINE) {
             __builtin_prefetch(ahead.first + i);
         }
 #if QUANT_GEMM_I8MM
-        if (!is_plain(format.scheme)) {
+        if (in_pairs) {
             multiply_i8mm(format, panel, n_blocks, { columns.at + first, end - first }, sums + first * PANEL_ROWS);
             continue;
         }

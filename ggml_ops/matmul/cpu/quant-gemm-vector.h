@@ -129,7 +129,6 @@ inline Ints   to_ints(Floats x)                  { return _mm512_cvtps_epi32(x);
 inline Floats add(Floats a, Floats b)            { return _mm512_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b)            { return _mm512_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c)  { return _mm512_fmadd_ps(a, b, c); }
-inline Floats add_difference(Floats a, Floats b, Floats c, Floats d, Floats sum) { return _mm512_fmadd_ps(_mm512_fmsub_ps(a, b, c), d, sum); }
 inline Floats abs(Floats x)                      { return _mm512_abs_ps(x); }
 inline Floats max(Floats a, Floats b)            { return _mm512_max_ps(a, b); }
 inline float  max_lane(Floats x)                 { return _mm512_reduce_max_ps(x); }
@@ -142,6 +141,11 @@ inline Floats rounded_to_half(Floats x)          { return _mm512_cvtph_ps(_mm512
 inline void   store_bytes(int8_t * p, Ints x)    { _mm_storeu_si128((__m128i *) p, _mm512_cvtsepi32_epi8(x)); }
 
 // clang-format on
+
+// sum + (a * b - c) * d, rounded twice
+inline Floats add_difference(Floats sum, Floats a, Floats b, Floats c, Floats d) {
+    return _mm512_fmadd_ps(_mm512_fmsub_ps(a, b, c), d, sum);
+}
 
 // two 16-bit numbers in each lane: all first ones, then all second ones
 inline Ints halves_apart(Ints x) {
@@ -215,7 +219,6 @@ inline Ints   to_ints(Floats x)                  { return _mm256_cvtps_epi32(x);
 inline Floats add(Floats a, Floats b)            { return _mm256_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b)            { return _mm256_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c)  { return _mm256_fmadd_ps(a, b, c); }
-inline Floats add_difference(Floats a, Floats b, Floats c, Floats d, Floats sum) { return _mm256_fmadd_ps(_mm256_fmsub_ps(a, b, c), d, sum); }
 inline Floats abs(Floats x)                      { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 inline Floats max(Floats a, Floats b)            { return _mm256_max_ps(a, b); }
 inline unsigned lanes_equal(Floats a, Floats b)  { return (unsigned) _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
@@ -224,6 +227,11 @@ inline Floats from_halves(const void * p)        { return _mm256_cvtph_ps(_mm_lo
 inline Floats rounded_to_half(Floats x)          { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 
 // clang-format on
+
+// sum + (a * b - c) * d, rounded twice
+inline Floats add_difference(Floats sum, Floats a, Floats b, Floats c, Floats d) {
+    return _mm256_fmadd_ps(_mm256_fmsub_ps(a, b, c), d, sum);
+}
 
 inline float max_lane(Floats x) {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -342,7 +350,6 @@ inline Ints   to_ints(Floats x)                  { return vcvtnq_s32_f32(x); }
 inline Floats add(Floats a, Floats b)            { return vaddq_f32(a, b); }
 inline Floats mul(Floats a, Floats b)            { return vmulq_f32(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c)  { return vfmaq_f32(c, a, b); }
-inline Floats add_difference(Floats a, Floats b, Floats c, Floats d, Floats sum) { return vfmsq_f32(sum, vfmsq_f32(c, a, b), d); }
 inline Floats abs(Floats x)                      { return vabsq_f32(x); }
 inline Floats max(Floats a, Floats b)            { return vmaxnmq_f32(a, b); }
 inline float  max_lane(Floats x)                 { return vmaxnmvq_f32(x); }
@@ -353,6 +360,11 @@ inline Floats from_halves(const void * p)        { return vcvt_f32_f16(vreinterp
 inline Floats rounded_to_half(Floats x)          { return vcvt_f32_f16(vcvt_f16_f32(x)); }
 
 // clang-format on
+
+// sum + (a * b - c) * d, rounded twice
+inline Floats add_difference(Floats sum, Floats a, Floats b, Floats c, Floats d) {
+    return vfmsq_f32(sum, vfmsq_f32(c, a, b), d);
+}
 
 // of two rows, each number of a pair in a lane of its own
 struct PairSums {
