@@ -225,11 +225,10 @@ def _memory_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a size such as 700M or 1.5G, found {text!r}")
-    if not match[2] and float(match[1]) < 1 << 20:
-        raise argparse.ArgumentTypeError(
-            f"expected a size with its unit, such as 700M or 1.5G, found {text!r}"
-        )
-    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+    size = int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+    if size < 1 << 20:
+        raise argparse.ArgumentTypeError(f"expected at least 1M, such as 700M or 1.5G, found {text!r}")
+    return size
 
 
 def _split_size(text: str) -> int:

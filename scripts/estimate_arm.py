@@ -68,7 +68,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Row:
-    """Kernels of a type: ours, upstream's of rows, and of interleaved rows; the last two with and without i8mm."""
+    """Kernels of a type: ours and upstream's of interleaved rows, with and without i8mm, and upstream's of rows."""
 
     types: str
     ours: Kernel
@@ -152,30 +152,31 @@ PAGE = """\
 # Estimated speed of matmuls on ARM
 
 Written by `python -m kimi_gguf.scripts.estimate_arm`; do not edit. No ARM CPU was available: these are predictions of
-llvm-mca (LLVM 16) for the loops in which a kernel spends its time, with all data in L1, compiled by {compiler}.
+llvm-mca (LLVM 16), with all data in L1, compiled by {compiler}.
 LLVM 16 gives the Neoverse V2 the model of the N2, which has two vector units (V2: four), and the Cortex-A510 that of
-the Cortex-A55. Its newest model of an Apple core is of 2013. Figures of Apple cores are counted by hand, from
-[published throughputs of the M1]({apple}): four vector
-instructions, three loads and eight instructions of any kind per cycle, as if nothing ever waited. Read them as limits.
+the Cortex-A55. Its newest model of an Apple core is of 2013. Figures of Apple cores are computed from numbers of
+instructions and the [published throughputs of the M1]({apple}): four
+vector instructions, three loads and eight instructions of any kind per cycle, as if nothing ever waited. The M2 is
+assumed to be equal, with four `smmla` per cycle. Read them as limits.
 
 All figures are cycles for 16 int8 multiply-adds; fewer is better. `sdot` computes 16 and `smmla` (i8mm) 32.
 
 ## Prompts
 
 In parentheses: the share of the peak, which is the rate of independent `sdot` or `smmla` instructions. *Interleaved*:
-upstream's kernel for the weights that it interleaves at load. The patched kernel reads panels. Its figures are of a
-tile with everything that belongs to it: four columns by eight rows by 256 values, with factors, minima and scales. Not
-included is what serves many tiles: unpacking a panel, for all columns of a task (up to 128), and with i8mm the pairing
-of two columns, for 32 rows. Upstream's kernels unpack the weights again for every four columns.
+upstream's kernel for the weights that it interleaves at load. Our figures are of a whole tile: four columns by eight
+rows by 256 values, with factors, minima and scales. Work that serves many tiles is not included: a panel is unpacked
+once for all columns of a task (up to 128); with i8mm, two columns are paired once for 32 rows. Upstream's figures are
+of its loops, which unpack the weights again for every four columns.
 
 {prompts}
-A share of 100 % is not possible, as sums are multiplied with factors and scales. With i8mm, a tile takes 256 `smmla`
-and at least 88 (IQ4_XS) to 208 (Q2_K) other vector instructions. Their counts limit the share to 57 % (Q4_0, Q8_0),
-67 % (Q4_K, Q5_K), 63 % (Q6_K, Q3_K), 55 % (Q2_K) and 74 % (IQ4_XS).
+A share of 100 % is not possible, as sums are multiplied with factors and scales. With i8mm, a tile has 256 `smmla` for
+weights and other vector instructions: at least 88 for IQ4_XS and 208 for Q2_K. They limit the share to 57 % (Q4_0,
+Q8_0), 67 % (Q4_K, Q5_K), 63 % (Q6_K, Q3_K), 55 % (Q2_K) and 74 % (IQ4_XS).
 
 The Cortex-A55 executes instructions in order, and a sum or a load takes three cycles. So the code loads weights ahead,
-and adds to eight sums in turn; without this order tiles take 1.2 to 1.8 times as long. [Orders of the
-compiler](negative-results.md#matmul-cpu) reached up to 51 % of the peak, but were slower elsewhere.
+and adds to eight sums in turn. [Orders that the compiler chose](negative-results.md#matmul-cpu) reached up to 51 % in
+the inner loop alone, but were slower on other cores.
 
 ## Decoding
 
@@ -214,7 +215,7 @@ def loops(instructions: list[tuple[int, str]]) -> Iterator[Loop]:
 
 def counted(instructions: Sequence[str]) -> float:
     """
-    The cycles that the Apple M1 needs at least for one turn of a loop: its busiest units.
+    The cycles that an Apple core needs at least for one turn of a loop: its busiest units.
 
     Moves between registers and zeroing take no unit.
     """
@@ -250,8 +251,8 @@ def estimate(instructions: list[tuple[int, str]], kernel: Kernel, core: Core, na
     """
     The cycles of 16 multiply-adds, or None if no loop has the dot product `name`.
 
-    With the units of a kernel the innermost loop takes its rounds, and the loop around it, or the rest of the function,
-    adds what it has more; else the best loop counts.
+    If the kernel has units, the innermost loop is repeated until they are computed, and the rest of the loop around it
+    (`per_call`: of the function) is added once. Otherwise the best loop counts.
     """
     width = WIDTHS[name]
     units = kernel.units

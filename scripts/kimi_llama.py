@@ -55,8 +55,8 @@ instead. To report this result, paste the text above into an issue of this proje
 
 _ELSEWHERE = f"{WORKERS} HOST:PORT,... computes on other machines: kimi-llama worker --help\n\n"
 _WHOLE = (
-    "The output gets its name when it is complete; if the command fails or is interrupted, no file is left "
-    "and an earlier file of this name is unchanged. Otherwise it is replaced.\n\n"
+    "A file of the output's name is replaced when the new one is complete. If the command fails or is interrupted, "
+    "it is unchanged, and nothing of the new one is left.\n\n"
 )
 
 

@@ -25,7 +25,7 @@ def test_a_misspelt_type_is_answered_with_the_nearest(
 
 def test_a_limit_of_memory_without_a_unit_is_refused(source: Path) -> None:
     run = convert(source, "--dry-run", "--max-memory", "700")
-    assert run.status == 2 and run.err.endswith("with its unit, such as 700M or 1.5G, found '700'\n")
+    assert run.status == 2 and run.err.endswith("expected at least 1M, such as 700M or 1.5G, found '700'\n")
 
 
 @pytest.mark.parametrize("name", ["kimi-q4", "KIMI-Q3", "mxfp4"])

@@ -432,8 +432,8 @@ static bool is_copied(ggml_type type) {
     return copied;
 }
 
-// Weights are copied with NEON if upstream multiplies them interleaved (types of 32 values); with i8mm two of these types are
-// copied on request only. With AVX-512 weights are copied if the kernels multiply them interleaved and copies are
+// Weights are copied with NEON if upstream multiplies them interleaved (types of 32 values); with i8mm two of these types
+// are copied on request only. With AVX-512 weights are copied if the kernels multiply them interleaved and copies are
 // requested, else not.
 static void check_copies(const char * setting, bool requested) {
     setenv("KIMI_REPACK", setting, 1);

@@ -30,7 +30,7 @@ constexpr int PANEL_ROWS    = 32;
 
 #endif
 
-// With i8mm, panels have numbers of rows twice, in the order of sums (quant-gemm-tile-i8mm.cpp).
+// With i8mm, panels hold the scales and factors of each row twice, in the order of the sums (quant-gemm-tile-i8mm.cpp).
 constexpr int ROW_NUMBERS = (QUANT_GEMM_I8MM ? 2 : 1) * PANEL_ROWS;
 
 constexpr int SLICE    = 256;  // values of K in a panel, so that its 8 KiB and the activations fit in L1
@@ -134,7 +134,7 @@ struct alignas(64) Panel {
 
     union {
         int16_t minima[N_BLOCKS][PANEL_ROWS][2];  // of two neighbouring blocks of 32 (half of the array), or of 16
-        int8_t  minima_of_8[2][PANEL_ROWS][8];    // with i8mm: of eight of them
+        int8_t  minima_of_8[2][PANEL_ROWS][8];    // with i8mm: of eight blocks
     };
 
     float minimum_scales[ROW_NUMBERS];
@@ -216,7 +216,7 @@ inline Floats add_block(Floats sum, Ints products, Floats scale, Floats act_scal
 
 #endif
 
-// With i8mm, the same for one to four columns of quantized weights.
+// `multiply` with i8mm, for quantized weights and one to four columns.
 void multiply_i8mm(const Format & format, const Panel & panel, int n_blocks, Columns columns, float * sums);
 
 // Adds to sums[column][row] (PANEL_ROWS floats per column) the matmul of a panel with packed rows. `columns` points to

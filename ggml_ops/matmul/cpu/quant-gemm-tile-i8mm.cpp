@@ -1,8 +1,8 @@
 // The tiles for i8mm: an instruction multiplies two columns by two rows, eight values of each.
 //
 // Its four sums are those of the first column with both rows, then those of the second column. Whatever is multiplied with
-// sums has the same order: panels hold scales and factors of two rows twice, and columns are paired once for all rows of
-// a panel. Weights are signed here, so no sum starts at an offset.
+// sums has the same order: panels hold scales and factors of two rows twice, and columns are paired once for all rows of a
+// panel. Weights are signed here, so no sum starts at an offset.
 
 #include "quant-gemm-panel.h"
 
@@ -179,8 +179,8 @@ static void tile_of_blocks(
     store_sums<P>(f, sums);
 }
 
-// 256 values: a factor for some weights; minima, or none. Sums of products are not set to zero after each factor: they are
-// those of all weights up to there. So a factor minus the following one is added as many times.
+// 256 values: a factor for some weights; minima, or none. Sums are not reset after a factor: they include all weights up
+// to it. So each is multiplied by its factor minus the next one; panels hold these differences.
 template <Scheme SCHEME, int P>
 static void tile_of_super_block(
     const Panel & panel, int row, int, const ColumnPair (&pairs)[COLUMN_PAIRS], float * const (&sums)[2 * P]) {

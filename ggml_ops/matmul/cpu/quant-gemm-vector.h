@@ -366,7 +366,7 @@ inline Floats add_difference(Floats sum, Floats a, Floats b, Floats c, Floats d)
     return vfmsq_f32(sum, vfmsq_f32(c, a, b), d);
 }
 
-// of two rows, each number of a pair in a lane of its own
+// Each vector has the sums of two rows; the two numbers of a pair are added in different lanes.
 struct PairSums {
     Ints low;
     Ints high;
