@@ -98,15 +98,15 @@ def test_cells_and_variants_that_do_not_fit_in_memory_are_left_out(
 @pytest.mark.engine
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "message", "status"),
     [
-        ("--device CUDA7", "no device CUDA7"),
-        ("--device CPU", "no device CPU"),
-        ("--device SECOND0 --hybrid", "on the CPU only"),
+        ("--device CUDA7", "no device CUDA7", 1),
+        ("--device CPU", "no device CPU", 1),
+        ("--device SECOND0 --hybrid", "on the CPU only", 2),
     ],
 )
-def test_unknown_devices_and_what_they_do_not_measure(words: str, message: str) -> None:
-    ended = bench(*words.split(), status=1)
+def test_unknown_devices_and_what_they_do_not_measure(words: str, message: str, status: int) -> None:
+    ended = bench(*words.split(), status=status)
     assert message in ended.stderr and "Traceback" not in ended.stderr
 
 
