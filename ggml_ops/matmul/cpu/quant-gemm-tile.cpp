@@ -325,6 +325,7 @@ template <Scheme SCHEME, Codes CODES> static const Tile * tiles() {
 
 static const Tile * tiles_of(const Format & format) {
     switch (format.scheme) {
+#if !QUANT_GEMM_I8MM
     case Scheme::q8_0:
         return format.codes == Codes::below_16   ? tiles<Scheme::q8_0, Codes::below_16>()
                : format.codes == Codes::below_32 ? tiles<Scheme::q8_0, Codes::below_32>()
@@ -339,6 +340,7 @@ static const Tile * tiles_of(const Format & format) {
                                                : tiles<Scheme::q8_K_mins, Codes::below_32>();
     case Scheme::q8_K_16_mins:
         return tiles<Scheme::q8_K_16_mins, Codes::below_8>();
+#endif
 #if QUANT_GEMM_AVX512
     case Scheme::q8_K_256:
         return tiles<Scheme::q8_K_256, Codes::bytes>();
@@ -356,8 +358,8 @@ static const Tile * tiles_of(const Format & format) {
 
 void multiply(
     const Format & format, const Panel & panel, int n_blocks, Columns columns, const Ahead & ahead, float * sums) {
-    const Tile * tiles    = tiles_of(format);
     const bool   in_pairs = QUANT_GEMM_I8MM && !is_plain(format.scheme);
+    const Tile * tiles    = in_pairs ? nullptr : tiles_of(format);
     const int    most     = is_plain(format.scheme) ? TILE_COLUMNS_PLAIN : TILE_COLUMNS;
     const int    n_tiles  = (columns.n + most - 1) / most;
     for (int t = 0; t < n_tiles; t++) {
