@@ -49,16 +49,19 @@ from kimi_gguf.scripts.gpu_model import (
     upstream_attention,
     upstream_multiply,
 )
-from kimi_gguf.scripts.latent_counts import EXACT, HALVES, ROWS, threshold
+from kimi_gguf.scripts.latent_counts import CODES, EXACT, HALVES, ROWS, threshold
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS, PAGE = ROOT / "docs" / "gpu-sass.json", ROOT / "docs" / "gpu-roofline.md"
 RECORDS = [ROOT / "docs" / "bench-records" / "nvidia-h200.json"]
 KEYS = (4096, 16384, 65536, 131072, 524288)
 QUERIES = (1, 2, 4, 8)
-# The largest number of queries that LATENT_ATTN leaves to the absorbed form. Every number up to it is compared; the
-# tables have only those in QUERIES.
-MOST_QUERIES = {"data centre": 175, "GeForce": 479}
+# The largest number of queries that LATENT_ATTN leaves to the absorbed form, if the cache is quantized and too long to
+# be copied. Every number up to it is compared; the tables have only those in QUERIES.
+MOST_QUERIES = {
+    family: threshold(CODES, family == "data centre", len(ROWS) - 1) - 1
+    for family in ("data centre", "GeForce")
+}
 # Matrices of one column, columns × rows: the output matrix, q, k and v of a KDA layer together, q alone, a KDA layer's
 # output, a square. Upstream has another kernel for rows of less than 2048 values.
 MATRICES = ((2304, 163840), (2304, 12288), (2304, 4096), (4096, 2304), (4096, 4096))

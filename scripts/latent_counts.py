@@ -80,12 +80,17 @@ class Mode:
 
 F32 = Mode("F32", 2, 2, 2, 2, 1, 2)
 EXACT = Mode("F16, BF16 with `exact`", 1, 2, 2, 2, 1, 2)
-HALVES = Mode("F16, BF16, Q8_0, Q4_0", 1, 1, 1, 1, 1, 1)
-MODES = (F32, EXACT, HALVES)
-ROWS = (512, 2048, None)  # maximum number of keys
+HALVES = Mode("F16, BF16", 1, 1, 1, 1, 1, 1)
+CODES = Mode("Q8_0, Q4_0", 1, 1, 1, 1, 1, 1)
+MODES = (F32, EXACT, HALVES, CODES)
+# Maximum number of keys. Longer caches of CODES are never copied to F16 (MAX_COPY in latent-ggml.cu).
+COPIED = 116508
+ROWS = (512, 2048, COPIED, None)
 # The model of the compiled kernels (docs/gpu-roofline.md) finds larger numbers of queries for these, by mode and class.
 # Neither is exact, so the larger number is used.
-COMPILED = {(EXACT, True): 496, (HALVES, False): 480}
+COMPILED = {(EXACT, True): 496, (HALVES, False): 480, (CODES, False): 480}
+# The same where the only other choice is our absorbed kernel, which is then slower than upstream's.
+COMPILED_NO_COPY = {(CODES, True): 192, (CODES, False): 352}
 
 
 def upstream_pair(device: Device) -> float:
@@ -139,11 +144,14 @@ def threshold(mode: Mode, data_centre: bool, row: int) -> int:
     """
     first = ROWS[row - 1] or 0 if row else 0
     last = ROWS[row] or 1 << 17
+    if mode is not CODES and last >= COPIED:
+        first, last = 2048, 1 << 17
     devices = [each for each in DEVICES if each.data_centre == data_centre]
     most = max(
         min(break_even(mode, device, n), n + 1) for device in devices for n in range(first + 16, last + 1, 16)
     )
-    most = max(most, COMPILED.get((mode, data_centre), 0))
+    larger = COMPILED_NO_COPY if mode is CODES and last > COPIED else COMPILED
+    most = max(most, larger.get((mode, data_centre), 0))
     return min(16 * math.ceil(most / 16), NEVER)
 
 

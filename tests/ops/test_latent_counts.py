@@ -34,7 +34,7 @@ CLASSES = {each.name: each for each in DEVICES}
 
 
 def in_graph() -> list[tuple[int, ...]]:
-    """The rows of the table CUDA in llama-latent-attn.cpp: keys, then each class's three modes."""
+    """The rows of the table CUDA in llama-latent-attn.cpp: keys, then each class's modes."""
     source = (FOLDER / "graph" / "llama-latent-attn.cpp").read_text()
     body = (
         source.split("static constexpr CudaThreshold CUDA[] = {")[1].split("};")[0].replace("INT64_MAX", "-1")
@@ -57,7 +57,7 @@ def test_no_ubatch_is_slower_than_upstream(device: Device) -> None:
     for mode in MODES:
         for row, last in enumerate(ROWS):
             first = threshold(mode, device.data_centre, row)
-            for keys in range((ROWS[row - 1] or 0) + 16 if row else 16, (last or 1 << 15) + 1, 16):
+            for keys in range((ROWS[row - 1] or 0) + 16 if row else 16, (last or LAST) + 1, 16):
                 if first > keys:
                     continue  # a sequence's keys include the batch
                 ours = first * pair(mode, device) + expand(mode, device) + weigh(mode, device) / keys

@@ -53,9 +53,11 @@ from kimi_gguf.scripts.gpu_model import (
     ours_by_default,
     run_lengths,
     steps_or_chunks,
+    upstream_absorbed,
     upstream_attention,
     upstream_multiply,
 )
+from kimi_gguf.scripts.latent_counts import CODES, COPIED, ROWS, threshold
 
 AGAIN = "run: .venv/bin/python -m kimi_gguf.scripts.cuda_roofline"
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
@@ -380,6 +382,33 @@ def test_latent_attn_is_hardly_slower_than_upstream_where_it_is_the_default(gpu:
     assert (found == 0) == (exact and gpu.family == "GeForce"), (
         "there no ubatch of up to 2048 tokens is exact"
     )
+
+
+def test_long_quantized_caches_are_decompressed_from_the_number_of_queries_that_is_faster() -> None:
+    """There the absorbed kernel is ours, as upstream's would need a copy."""
+    model = stored_model()
+    for family in ("data centre", "GeForce"):
+        first = threshold(CODES, family == "data centre", len(ROWS) - 1)
+        gains = {
+            queries: [
+                gain_over_our_absorbed(model, gpu, queries, keys)
+                for gpu in GPUS
+                if gpu.family == family
+                for keys in (COPIED + 1, 131072, 524288)
+            ]
+            for queries in range(first - 16, 513)
+        }
+        assert min(min(gains[queries]) for queries in range(first, 513)) >= 1
+        assert min(gains[first - 16]) < 1, "a smaller number would do"
+
+
+def gain_over_our_absorbed(model: Model, gpu: Gpu, queries: int, keys: int) -> float:
+    """Time of our absorbed kernel, with the matmuls by k_b and v_b / that of LATENT_ATTN, Q8_0."""
+    matmuls = upstream_absorbed(model, gpu, "q8_0", queries, keys) - upstream_attention(
+        model, gpu, "q8_0", queries, keys
+    )
+    ours = model.total(attend(model, gpu, "q8_0", queries, keys), gpu)
+    return (ours + matmuls) / model.total(decompressed(model, "q8_0", queries, keys), gpu)
 
 
 def test_the_h200_is_faster_with_latent_attn_from_the_measured_number_of_queries_on() -> None:

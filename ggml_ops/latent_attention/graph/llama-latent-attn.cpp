@@ -43,14 +43,16 @@ struct CudaThreshold {
     struct {
         int64_t f32;
         int64_t exact;
-        int64_t halves;  // F16, BF16, Q8_0, Q4_0
+        int64_t halves;  // F16, BF16
+        int64_t codes;   // Q8_0, Q4_0
     } data_centre, geforce;
 };
 
 static constexpr CudaThreshold CUDA[] = {
-    { 512, { 528, 496, 320 }, { 528, 528, 480 } },
-    { 2048, { 624, 496, 256 }, { 2064, 2064, 480 } },
-    { INT64_MAX, { 528, 496, 176 }, { 131088, 4080, 480 } },
+    { 512, { 528, 496, 320, 320 }, { 528, 528, 480, 480 } },
+    { 2048, { 624, 496, 256, 256 }, { 2064, 2064, 480, 480 } },
+    { 116508, { 528, 496, 176, 176 }, { 131088, 4080, 480, 480 } },
+    { INT64_MAX, { 528, 496, 176, 192 }, { 131088, 4080, 480, 352 } },
 };
 
 template <typename T, size_t N> static int row_of(const T (&table)[N], int64_t n_keys) {
@@ -79,7 +81,7 @@ static int64_t min_queries_on_cuda(ggml_type type, const CudaThreshold & row, bo
     case GGML_TYPE_BF16:
         return exact ? device.exact : device.halves;
     default:
-        return device.halves;
+        return device.codes;
     }
 }
 
