@@ -63,22 +63,38 @@ KERNELS = (
     Kernel("prepare, one set of rows", _KDA + "kda-scan-prepare.cu", "prepare_kernelILi128ELi1E", WHOLE, _PREPARE),
     Kernel("states", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi2ELi5ELi1E", LOOP),
     Kernel("states, two warps", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi4ELi5ELi2E", LOOP),
+    Kernel("states, two warps, short ring", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi4ELi3ELi2E", LOOP),
     Kernel("states, short ring", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi2ELi3ELi1E", LOOP),
     Kernel("states of whole heads", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi8ELi5ELi1E", LOOP),
     Kernel("steps", _KDA + "kda-scan-steps.cu", "steps_kernelILi128ELi2E", WHOLE),
     Kernel("steps, four rows a thread", _KDA + "kda-scan-steps.cu", "steps_kernelILi128ELi4E", WHOLE),
     Kernel("finish", _KDA + "kda-scan-steps.cu", "finish_kernelILi128E", WHOLE),
     Kernel("copies", _KDA + "kda-state.cu", "copy_states_kernel", LOOP),
+    Kernel("gather", _KDA + "kda-state.cu", "gather_states_kernel", LOOP),
     Kernel("attend f16", _LATENT + "latent-attend.cu", "4formILNS_10cache_typeE1ELi32ELb0E", INNERMOST,
            (("LDGSTS", 1, 3.0), *_MASKS)),  # 32 rows of 1152 bytes by 256 threads: 9 copies, three at a time
-    Kernel("attend q8_0", _LATENT + "latent-attend.cu", "4formILNS_10cache_typeE3ELi32ELb0E", INNERMOST, _QUANTS),
-    Kernel("attend q8_0, wide, data centre", _LATENT + "latent-attend.cu", "4formILNS_10cache_typeE3ELi64ELb0E",
-           LOOP, _QUANTS),
-    Kernel("attend q8_0, wide, GeForce", _LATENT + "latent-attend.cu", "4formILNS_10cache_typeE3ELi64ELb1E",
-           LOOP, _QUANTS),
+    Kernel("attend bf16", _LATENT + "latent-attend.cu", "4formILNS_10cache_typeE2ELi32ELb0E", INNERMOST,
+           (("LDGSTS", 1, 3.0), *_MASKS)),
+    Kernel("attend f32", _LATENT + "latent-attend.cu", "4formILNS_10cache_typeE0ELi32ELb0E", INNERMOST,
+           (("STS", 6, 6.0), *_MASKS)),  # 32 rows of 2304 bytes by 256 threads: 18 loads, three at a time
+    *(
+        kernel
+        for name, form in (("q8_0", 3), ("q4_0", 4))
+        for kernel in (
+            Kernel(f"attend {name}", _LATENT + "latent-attend.cu", f"4formILNS_10cache_typeE{form}ELi32ELb0E",
+                   INNERMOST, _QUANTS),
+            Kernel(f"attend {name}, wide, data centre", _LATENT + "latent-attend.cu",
+                   f"4formILNS_10cache_typeE{form}ELi64ELb0E", LOOP, _QUANTS),
+            Kernel(f"attend {name}, wide, GeForce", _LATENT + "latent-attend.cu",
+                   f"4formILNS_10cache_typeE{form}ELi64ELb1E", LOOP, _QUANTS),
+        )
+    ),
     Kernel("join", _LATENT + "latent-attend.cu", "join_pieces", LOOP),
-    Kernel("collect f16", _LATENT + "latent-collect.cu", "collect_tileILNS_10cache_typeE1E", WHOLE, _MASKS),
-    Kernel("collect q8_0", _LATENT + "latent-collect.cu", "collect_tileILNS_10cache_typeE3E", WHOLE, _MASKS),
+    *(
+        Kernel(f"collect {name}", _LATENT + "latent-collect.cu", f"collect_tileILNS_10cache_typeE{form}E",
+               WHOLE, _MASKS)
+        for form, name in enumerate(("f32", "f16", "bf16", "q8_0", "q4_0"))
+    ),
     Kernel("look", _LATENT + "latent-collect.cu", "look_at", WHOLE),
     Kernel("weigh", _LATENT + "latent-collect.cu", "weigh_headILi1E", WHOLE, (("LDG", 8, 16.0), ("LDG", 1, 0.0))),
     Kernel("weigh, exact", _LATENT + "latent-collect.cu", "weigh_headILi2E", WHOLE,
@@ -87,9 +103,13 @@ KERNELS = (
     Kernel("expand values", _LATENT + "latent-expand.cu", "expand_keysINS_5modes6halvesELb1E", LOOP),
     Kernel("expand keys, exact", _LATENT + "latent-expand.cu", "expand_keysINS_5modes3f16ELb0E", LOOP),
     Kernel("expand values, exact", _LATENT + "latent-expand.cu", "expand_keysINS_5modes3f16ELb1E", LOOP),
+    Kernel("expand keys, f32", _LATENT + "latent-expand.cu", "expand_keysINS_5modes3f32ELb0E", LOOP),
+    Kernel("expand values, f32", _LATENT + "latent-expand.cu", "expand_keysINS_5modes3f32ELb1E", LOOP),
     Kernel("decompressed", _LATENT + "latent-decompressed.cu", "attend_tilesINS_5modes6halvesE", LOOP,
            (("LDGSTS", 1, 2.0), *_MASKS)),
     Kernel("decompressed, exact", _LATENT + "latent-decompressed.cu", "attend_tilesINS_5modes3f16E", LOOP,
+           (("LDGSTS", 1, 2.0), *_MASKS)),
+    Kernel("decompressed, f32", _LATENT + "latent-decompressed.cu", "attend_tilesINS_5modes3f32E", LOOP,
            (("LDGSTS", 1, 2.0), *_MASKS)),
     Kernel("multiply q4_0", _MATMUL + "matvec.cu", "8multiplyIL9ggml_type2ELb0E", DOTS),
     Kernel("multiply q8_0", _MATMUL + "matvec.cu", "8multiplyIL9ggml_type8ELb0E", DOTS),
@@ -156,27 +176,28 @@ CONSTANTS = {
             f"attend {name} shared": "latent_cuda::shared_bytes<latent_cuda::form<"
             f"latent_cuda::cache_type::{form}>>()"
             for name, form in (
-                ("f16", "f16, 32"),
-                ("q8_0", "q8_0, 32"),
-                ("q8_0, wide, data centre", "q8_0, 64"),
-                ("q8_0, wide, GeForce", "q8_0, 64, true"),
+                *((kind, f"{kind}, 32") for kind in ("f32", "f16", "bf16", "q8_0", "q4_0")),
+                *((f"{kind}, wide, data centre", f"{kind}, 64") for kind in ("q8_0", "q4_0")),
+                *((f"{kind}, wide, GeForce", f"{kind}, 64, true") for kind in ("q8_0", "q4_0")),
             )
         },
     },
     _LATENT + "latent-expand.cu": {
         "expand shared": "latent_cuda::expand_bytes<latent_cuda::modes::halves>()",
         "expand exact shared": "latent_cuda::expand_bytes<latent_cuda::modes::f16>()",
+        "expand f32 shared": "latent_cuda::expand_bytes<latent_cuda::modes::f32>()",
         "expand keys": "latent_cuda::EXPAND_KEYS",
     },
     _LATENT + "latent-decompressed.cu": {
         "decompressed shared": "latent_cuda::tile_room<latent_cuda::modes::halves>::BYTES",
         "decompressed exact shared": "latent_cuda::tile_room<latent_cuda::modes::f16>::BYTES",
+        "decompressed f32 shared": "latent_cuda::tile_room<latent_cuda::modes::f32>::BYTES",
         "block queries": "latent_cuda::BLOCK_QUERIES",
         "scratch": "latent_cuda::SCRATCH",
     },
     _LATENT + "latent-ggml.cu": {
         f"{kind} {what}, {device}": f"limit_of(latent_cuda::cache_type::{kind}, {sums}).{what}"
-        for kind in ("f16", "q8_0")
+        for kind in ("f32", "f16", "bf16", "q8_0", "q4_0")
         for what in ("rows", "keys")
         for device, sums in (("data centre", "true"), ("GeForce", "false"))
     }

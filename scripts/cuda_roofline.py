@@ -49,13 +49,14 @@ from kimi_gguf.scripts.gpu_model import (
     upstream_attention,
     upstream_multiply,
 )
-from kimi_gguf.scripts.latent_counts import CODES, EXACT, HALVES, ROWS, threshold
+from kimi_gguf.scripts.latent_counts import CODES, EXACT, HALVES, ROWS, threshold, with_heads
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS, PAGE = ROOT / "docs" / "gpu-sass.json", ROOT / "docs" / "gpu-roofline.md"
 RECORDS = [ROOT / "docs" / "bench-records" / "nvidia-h200.json"]
 KEYS = (4096, 16384, 65536, 131072, 524288)
 QUERIES = (1, 2, 4, 8)
+CACHES = ("f16", "q8_0")  # of the tables; others are compared, too
 # The largest number of queries that LATENT_ATTN leaves to the absorbed form, if the cache is quantized and too long to
 # be copied. Every number up to it is compared; the tables have only those in QUERIES.
 MOST_QUERIES = {
@@ -148,20 +149,22 @@ def decompressed_table(model: Model, exact: bool) -> Rows:
     return rows
 
 
-def gain_of_decompressed(model: Model, gpu: Gpu, queries: int, keys: int, exact: bool = False) -> float:
+def gain_of_decompressed(
+    model: Model, gpu: Gpu, queries: int, keys: int, exact: bool = False, heads: int = HEADS
+) -> float:
     """Upstream's time / that of LATENT_ATTN over a F16 cache."""
-    ours = model.total(decompressed(model, "f16", queries, keys, exact), gpu)
-    return upstream_absorbed(model, gpu, "f16", queries, keys) / ours
+    ours = model.total(decompressed(model, "f16", queries, keys, exact, heads), gpu)
+    return upstream_absorbed(model, gpu, "f16", queries, keys, heads) / ours
 
 
 def default_gains(model: Model) -> tuple[float, float]:
-    """The least and the largest ratio on GeForce devices where LATENT_ATTN is the default, up to 2048 queries."""
+    """The least and the largest ratio on GeForce devices where LATENT_ATTN is the default, up to 4096 queries."""
     gains = [
         gain_of_decompressed(model, gpu, queries, keys)
         for gpu in filter(model.knows, GPUS)
         if gpu.family == "GeForce"
         for keys in MANY_KEYS
-        for queries in most_uneven(least_decompressed(gpu, keys), min(keys, 2048))
+        for queries in most_uneven(least_decompressed(gpu, keys), min(keys, 4096))
     ]
     return min(gains, default=1.0), max(gains, default=1.0)
 
@@ -176,10 +179,10 @@ def most_uneven(first: int, last: int) -> list[int]:
     )
 
 
-def least_decompressed(gpu: Gpu, keys: int, exact: bool = False) -> int:
+def least_decompressed(gpu: Gpu, keys: int, exact: bool = False, heads: int = HEADS) -> int:
     """The number of queries from which LATENT_ATTN computes a F16 cache: the table CUDA of llama-latent-attn.cpp."""
     row = next(i for i, last in enumerate(ROWS) if last is None or keys <= last)
-    return threshold(EXACT if exact else HALVES, gpu.family == "data centre", row)
+    return with_heads(threshold(EXACT if exact else HALVES, gpu.family == "data centre", row), heads)
 
 
 def matvec_table(model: Model) -> Rows:
@@ -205,7 +208,7 @@ def attention_table(model: Model, gpu: Gpu, measured: Measured) -> Rows:
         ("keys", "cache", *(f"{n} quer{'y' if n == 1 else 'ies'}: ours, upstream, ratio" for n in QUERIES))
     ]
     for keys in KEYS:
-        for kind in ROW_BYTES:
+        for kind in CACHES:
             cells = []
             for queries in QUERIES:
                 ours = model.total(attend(model, gpu, kind, queries, keys), gpu)
@@ -316,8 +319,8 @@ The ratio of upstream's attention to ours is {worst_ratio:.2f} to {best_ratio:.2
 below {best_ratio:.1f} in the tables below does not prove that ours is faster. On the H200 these were measured to be
 faster than upstream: one query over 4096 and more keys, LATENT_ATTN with 512 queries, and a whole model with 192
 tokens. On a GeForce, LATENT_ATTN has ratios from {least_default:.2f} to {most_default:.2f} where it is the default
-(F16; also with one query more than whole blocks of 128, for example 513, which the tables below do not show). So
-only a device can show whether it is faster.
+(F16; also with one query more than whole blocks of 128, which the tables below do not show): the [largest known
+error](../ggml_ops/latent_attention/README.md#which-form) does not make it slower.
 
 Other kernels of KDA are written in other languages; only their bytes and multiply-adds are known. The floor is the
 longer of both at the peak rates. ([Published][kda] for an H100.)

@@ -20,8 +20,10 @@ LAUNCH = 2e-6  # seconds from the end of a kernel to the start of the next, and 
 FILL = 1e-6  # seconds until the first bytes arrive from memory and the last result is stored
 HEADS, HEAD, LATENT, ROPE = 32, 128, 512, 64
 TOKENS = 8192
-ROW_BYTES = {"f16": 2 * (LATENT + ROPE), "q8_0": (LATENT + ROPE) // 32 * 34}
 QUANTS, BLOCK_BYTES = 32, {"q4_0": 18, "q8_0": 34}
+ROW_BYTES = {"f16": 2 * (LATENT + ROPE), "bf16": 2 * (LATENT + ROPE), "f32": 4 * (LATENT + ROPE)} | {
+    kind: (LATENT + ROPE) // QUANTS * size for kind, size in BLOCK_BYTES.items()
+}
 JOIN_PARTS = 4  # blocks of join for a row
 JOIN_TURN = 128  # splits in a turn of join's loop: eight in each of 16 groups
 PREFILL = (512, 8192)  # queries and keys of the decompressed form in the table of kernels
@@ -276,13 +278,13 @@ def chunk_run(model: Model, gpu: Gpu, heads: int, chunks: int, spilled: bool) ->
     workspace = c["chunk bytes"] * heads * chunks if spilled else 0.0
     roomy = gpu.block_shared >= c["roomy"]
     blocks, warps = heads * 4, 2
-    kernel, shared = "states", c["deep ring"] * c["stage"]
+    kernel, ring = ("states", "deep ring") if roomy else ("states, short ring", "short ring")
+    shared = c[ring] * c["stage"]
     if 4 * heads >= 3 * gpu.multiprocessors:
-        kernel, blocks, warps = "states of whole heads", heads, 8
-    elif not roomy:
-        kernel, shared = "states, short ring", c["short ring"] * c["stage"]
+        kernel, blocks, warps, shared = "states of whole heads", heads, 8, c["deep ring"] * c["stage"]
     elif 4 * blocks <= SUB * gpu.multiprocessors:
-        kernel, warps, shared = "states, two warps", 4, shared + c["exchange"]
+        kernel = kernel.replace("states", "states, two warps")
+        warps, shared = 4, shared + c["exchange"]
     states = Launch(kernel, blocks, warps, chunks, (channels if spilled else 0) + workspace, shared)
     name, rows = (
         ("prepare", c["prepare bytes"])
@@ -319,10 +321,10 @@ def steps_or_chunks(model: Model, gpu: Gpu) -> tuple[float, float]:
     return chunk, (many - one) / 32 / gpu.clock
 
 
-def copies(seqs: int) -> Launch:
-    """The states of sequences from the result to the cache."""
+def copies(seqs: int, kernel: str = "copies") -> Launch:
+    """The states of sequences from the result to the cache; `gather`: states that move to other rows of the cache."""
     return Launch(
-        "copies", 64 * seqs, 8, HEADS * HEAD * HEAD / 4 / (64 * 256) / 4, 2 * 4 * HEADS * HEAD * HEAD * seqs
+        kernel, 64 * seqs, 8, HEADS * HEAD * HEAD / 4 / (64 * 256) / 4, 2 * 4 * HEADS * HEAD * HEAD * seqs
     )
 
 
@@ -337,7 +339,7 @@ def attend(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> list[L
     c = model.constants
     rows = queries * HEADS
     kernel, of_block = f"attend {kind}", c["narrow rows"]
-    if kind == "q8_0" and rows > of_block:
+    if kind in BLOCK_BYTES and rows > of_block:
         kernel, of_block = f"attend {kind}, wide, {gpu.family}", c["wide rows"]
     blocks = ceil(rows / of_block)
     tiles = ceil(keys / c["tile"])
@@ -361,7 +363,7 @@ def attend(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> list[L
 
 def spares_copy(model: Model, kind: str, keys: int) -> bool:
     """Whether upstream's F16 copy of the cache would be so large that ours always computes: `copy_is_too_large`."""
-    return kind == "q8_0" and ROW_BYTES["f16"] * keys > model.constants["largest copy"]
+    return kind in BLOCK_BYTES and ROW_BYTES["f16"] * keys > model.constants["largest copy"]
 
 
 def ours_by_default(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> bool:
@@ -423,9 +425,13 @@ def conversion(kind: str, keys: int, gpu: Gpu) -> float:
     return moving(ROW_BYTES[kind] * keys + in_memory(kind, keys, gpu), gpu) + LAUNCH
 
 
-def upstream_attention(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> float:
+def upstream_attention(
+    model: Model, gpu: Gpu, kind: str, queries: int, keys: int, heads: int = HEADS
+) -> float:
     """Seconds of upstream's attention, with the conversion."""
-    return conversion(kind, keys, gpu) + model.total(flash_attention(kind, queries, keys)(model, gpu), gpu)
+    return conversion(kind, keys, gpu) + model.total(
+        flash_attention(kind, queries, keys, heads)(model, gpu), gpu
+    )
 
 
 def multiply(model: Model, gpu: Gpu, kind: str, columns: int, rows: int) -> Launch:
@@ -463,32 +469,39 @@ def _multiply(
     return Launch(kernel, blocks, 4, turns, rows * columns // QUANTS * BLOCK_BYTES[kind])
 
 
-def upstream_absorbed(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> float:
+def upstream_absorbed(
+    model: Model, gpu: Gpu, kind: str, queries: int, keys: int, heads: int = HEADS
+) -> float:
     """Seconds of what LATENT_ATTN replaces: upstream's attention, and the matmuls by k_b and v_b at the peak rate of
     cuBLAS (on Hopper with `wgmma`, elsewhere with half sums)."""
-    products = HEADS * queries * 2 * LATENT * HEAD
+    products = heads * queries * 2 * LATENT * HEAD
     peak = gpu.mma_f16 / (HOPPER_MMA_SHARE if gpu.architecture == 90 else 1)
     weights = products / (gpu.multiprocessors * gpu.clock * peak) + 2 * LAUNCH
-    return upstream_attention(model, gpu, kind, queries, keys) + weights
+    return upstream_attention(model, gpu, kind, queries, keys, heads) + weights
 
 
-def decompressed(model: Model, kind: str, queries: int, keys: int, exact: bool = False) -> list[Launch]:
+def decompressed(
+    model: Model, kind: str, queries: int, keys: int, exact: bool = False, heads: int = HEADS
+) -> list[Launch]:
     """Our decompressed attention: runs of expanded keys that fit in the scratch."""
     c = model.constants
-    name = ", exact" if exact else ""
-    terms = 2 if exact else 1  # halves of a weight and of an expanded key
-    key_bytes = 2 * (HEADS * HEAD * (terms + 1) + LATENT + ROPE)
+    mode = kind if kind == "f32" else "exact" if exact else ""
+    name = f", {mode}" if mode else ""
+    terms = 2 if mode else 1  # halves of a weight and of an expanded key
+    halves = 2 if mode == "f32" else 1  # of a value of the cache
+    key_bytes = 2 * (heads * HEAD * (terms + 1) + halves * (LATENT + ROPE))
     room = c["scratch"] // key_bytes // c["expand keys"] * c["expand keys"]
     runs = ceil(keys / room)
     of_run = keys / runs
-    expand_blocks = ceil(of_run / c["expand keys"]) * HEADS
-    read, expanded = 2 * LATENT * of_run, 2 * HEADS * HEAD * of_run
-    blocks = ceil(queries / c["block queries"]) * HEADS
-    shared = "exact shared" if exact else "shared"
+    expand_blocks = ceil(of_run / c["expand keys"]) * heads
+    read, expanded = 2 * halves * LATENT * of_run, 2 * heads * HEAD * of_run
+    blocks = ceil(queries / c["block queries"]) * heads
+    shared = f"{mode} shared".strip()
     return [
         Launch("look", ceil(keys / 32) * ceil(queries / c["block queries"]), 8, 1, 2 * queries * keys),
-        Launch("weigh" + name, 2 * HEADS, 16, 1, 2 * HEADS * LATENT * HEAD * (4 + 2 * terms)),
-        Launch(f"collect {kind}", ceil(of_run / 32), 8, 1, (ROW_BYTES[kind] + ROW_BYTES["f16"]) * of_run, times=runs),
+        Launch("weigh, exact" if mode else "weigh", 2 * heads, 16, 1, 2 * heads * LATENT * HEAD * (4 + 2 * terms)),
+        Launch(f"collect {kind}", ceil(of_run / 32), 8, 1, (ROW_BYTES[kind] + halves * ROW_BYTES["f16"]) * of_run,
+               times=runs),
         Launch("expand keys" + name, expand_blocks, 8, LATENT // 32, read + expanded * terms, c[f"expand {shared}"],
                runs),
         Launch("expand values" + name, expand_blocks, 8, LATENT // 32, read + expanded, c[f"expand {shared}"], runs),
@@ -504,11 +517,13 @@ def kernel_launches(model: Model, gpu: Gpu) -> list[tuple[str, list[Launch]]]:
         (f"prefill, {TOKENS} tokens", [conv(TOKENS), *kda_forward(model, gpu).launches]),
         ("decode, 1 sequence", [conv(1), kda_step(gpu, 1)]),
         ("decode, 32 sequences", [kda_step(gpu, 32)]),
-        ("32 states to other rows of the cache", [copies(32)]),
-        ("decode, 65536 keys, F16", attend(model, gpu, "f16", 1, 65536)),
-        ("decode, 65536 keys, Q8_0", attend(model, gpu, "q8_0", 1, 65536)),
-        (f"{queries} queries, {keys} keys, F16", decompressed(model, "f16", queries, keys)),
-        (f"{queries} queries, {keys} keys, Q8_0", decompressed(model, "q8_0", queries, keys)),
+        ("32 states to other rows of the cache", [copies(32), copies(32, "gather")]),
+        *((f"decode, 65536 keys, {kind.upper()}", attend(model, gpu, kind, 1, 65536)) for kind in ROW_BYTES),
+        *((f"{queries} queries, {keys} keys, {kind.upper()}", decompressed(model, kind, queries, keys))
+          for kind in ("f16", "f32")),
+        *((f"the same, {kind.upper()}: the others as with F16", [
+            launch for launch in decompressed(model, kind, queries, keys) if launch.kernel.startswith("collect")
+        ]) for kind in ROW_BYTES if kind not in ("f16", "f32")),
         (f"{queries} queries, {keys} keys, F16, `exact`", decompressed(model, "f16", queries, keys, exact=True)),
     ]  # fmt: skip
 

@@ -420,10 +420,12 @@ static void check_columns_of(const Kind & kind) {
 }
 
 // Whether llama.cpp would put such a weight into a repack buffer, which is a second copy of it.
-static bool is_copied(ggml_type type) {
+static bool is_copied(ggml_type type, bool experts) {
     ggml_context *        ctx    = ggml_init({ 1 << 16, nullptr, true });
-    ggml_tensor *         weight = ggml_new_tensor_2d(ctx, type, 512, 64);
-    ggml_tensor *         op     = ggml_mul_mat(ctx, weight, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 512, 1));
+    ggml_tensor *         weight = ggml_new_tensor_3d(ctx, type, 512, 64, experts ? 4 : 1);
+    ggml_tensor *         x      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 512, 1, 1);
+    ggml_tensor *         chosen = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, 1);
+    ggml_tensor *         op     = experts ? ggml_mul_mat_id(ctx, weight, x, chosen) : ggml_mul_mat(ctx, weight, x);
     ggml_backend_buffer_t empty  = ggml_backend_buft_alloc_buffer(repack_buffer_type(), 0);
     weight->buffer               = empty;
     const bool copied            = ggml_backend_dev_supports_op(ggml_backend_reg_dev_get(cpu_registry(), 0), op);
@@ -432,8 +434,8 @@ static bool is_copied(ggml_type type) {
     return copied;
 }
 
-// Weights are copied with NEON if upstream multiplies them interleaved (types of 32 values); with i8mm two of these types
-// are copied on request only. With AVX-512 weights are copied if the kernels multiply them interleaved and copies are
+// Weights are copied with NEON if upstream multiplies them interleaved (types of 32 values); experts, and with i8mm two of
+// these types, on request only. With AVX-512 weights are copied if the kernels multiply them interleaved and copies are
 // requested, else not.
 static void check_copies(const char * setting, bool requested) {
     setenv("KIMI_REPACK", setting, 1);
@@ -442,12 +444,17 @@ static void check_copies(const char * setting, bool requested) {
     const char *              i8mm      = getenv("KIMI_I8MM");  // only our sources may have it (share_upstreams)
     const auto &              unasked   = i8mm != nullptr && *i8mm == '1' ? with_i8mm : with_neon;
     for (const Kind & kind : kinds) {
-        if (!kind.repack) {
-            const bool ours   = std::any_of(std::begin(kinds), std::end(kinds),
-                                            [&](auto k) { return k.type == kind.type && k.repack; });
-            const bool faster = cpu_has("DOTPROD") ? (requested ? with_neon : unasked).count(kind.type) > 0
-                                                   : cpu_has("AVX512_VNNI") && ours && requested;
-            expect(is_copied(kind.type) == faster, std::string(ggml_type_name(kind.type)) + ": copied or not");
+        if (kind.repack) {
+            continue;
+        }
+        const bool ours =
+            std::any_of(std::begin(kinds), std::end(kinds), [&](auto k) { return k.type == kind.type && k.repack; });
+        for (const bool experts : { false, true }) {
+            const bool with_dots =
+                requested ? with_neon.count(kind.type) > 0 : !experts && unasked.count(kind.type) > 0;
+            const bool faster = cpu_has("DOTPROD") ? with_dots : cpu_has("AVX512_VNNI") && ours && requested;
+            expect(is_copied(kind.type, experts) == faster,
+                   std::string(ggml_type_name(kind.type)) + (experts ? " experts" : "") + ": copied or not");
         }
     }
 }

@@ -266,20 +266,21 @@ def test_how_much_ggml_cuda_launches_for_a_layer(
     assert row in (OPERATORS / "kda" / "README.md").read_text()
 
 
-# Cache type, KIMI_OPS and compute capability -> number of queries from which LATENT_ATTN is used, with up to 512 keys:
-# the first line of CUDA's table.
+# Cache type, KIMI_OPS, compute capability and heads -> number of queries from which LATENT_ATTN is used, with as many
+# keys: the first lines of CUDA's table; with 16 heads (`with_heads`) 640 for up to 512 keys, then 512.
 FIRST_DECOMPRESSED = {
-    ("Q8_0", "", "900"): 320,
-    ("F16", "", "800"): 320,
-    ("F16", "exact", "800"): 496,
-    ("F16", "", "890"): 480,
+    ("Q8_0", "", "900", 4): 320,
+    ("F16", "", "800", 4): 320,
+    ("F16", "", "800", 16): 513,
+    ("F16", "exact", "800", 4): 496,
+    ("F16", "", "890", 4): 2048,
 }
 
 
 @pytest.mark.parametrize(
-    ("cache_type", "operators", "capability"),
+    ("cache_type", "operators", "capability", "heads"),
     [
-        pytest.param(*key, id=" ".join(key), marks=() if key[0] == "Q8_0" else pytest.mark.full)
+        pytest.param(*key, id=" ".join(map(str, key)), marks=() if key[0] == "Q8_0" else pytest.mark.full)
         for key in FIRST_DECOMPRESSED
     ],
 )
@@ -287,19 +288,27 @@ def test_many_queries_take_the_decompressed_form(
     cache_type: str,
     operators: str,
     capability: str,
+    heads: int,
     backend: Path,
-    published: Path,
     engine: Engine,
     tmp_path: Path,
 ) -> None:
-    first = FIRST_DECOMPRESSED[cache_type, operators, capability]
+    first = FIRST_DECOMPRESSED[cache_type, operators, capability, heads]
+    model = make_gguf(tmp_path / "model", replace(PUBLISHED, layers="KM", heads=heads), "Q8_0")
     used = {}
     variables = {"KIMI_OPS": operators, "SECOND_CAPABILITY": capability}
     for queries in (first - 1, first):
         steps = [decode(*text(0, np.resize(IDS[0], queries)))]
-        setup = Setup(backend=str(backend), n_gpu_layers=99, flash_attention=True, cache_type=cache_type)
+        setup = Setup(
+            backend=str(backend),
+            n_gpu_layers=99,
+            n_ubatch=2048,
+            cells=2048,
+            flash_attention=True,
+            cache_type=cache_type,
+        )
         log = tmp_path / f"{queries}"
-        play(engine, published, setup, steps, SECOND_LOG=str(log), **variables)
+        play(engine, model, setup, steps, SECOND_LOG=str(log), **variables)
         used[queries] = {each for each in log.read_text().splitlines() if "ATTN" in each}
     kernel = {"SECOND0 kernel FLASH_ATTN_EXT"} if operators else set()  # otherwise it is upstream's
     assert used == {
@@ -332,8 +341,8 @@ def test_rollback_of_states_on_the_device(
 PLACED: dict[str, tuple[list[Step], dict[str, Any], int, str]] = {
     "drafts rolled back, two layers": (*CONVERSATIONS["drafts rolled back"], 3, "FLASH_ATTN_EXT"),
     "expanded keys, all layers": (
-        [decode(*text(0, np.resize(IDS[0], 330)))],
-        {"cache_type": "Q8_0"},
+        [decode(*text(0, np.resize(IDS[0], 520)))],  # with 16 heads LATENT_ATTN starts at 512
+        {"cache_type": "Q8_0", "n_ubatch": 1024, "cells": 1024},
         ALL,
         "LATENT_ATTN",
     ),

@@ -9,7 +9,10 @@ from native_program import OPERATORS
 
 from kimi_gguf.scripts.latent_counts import (
     CACHES,
+    COUNTED_HEADS,
     DEVICES,
+    FEWEST_HEADS,
+    FULL_ANYWHERE,
     HALVES,
     MODES,
     NEVER,
@@ -26,6 +29,7 @@ from kimi_gguf.scripts.latent_counts import (
     upstream_decode,
     upstream_pair,
     weigh,
+    with_heads,
 )
 
 FOLDER = OPERATORS / "latent_attention"
@@ -49,6 +53,16 @@ def test_the_graph_chooses_by_these_thresholds() -> None:
         for row, last in enumerate(ROWS)
     ]
     assert in_graph() == wanted
+
+
+def test_fewer_heads_need_more_queries() -> None:
+    source = (FOLDER / "graph" / "llama-latent-attn.cpp").read_text()
+    named = (
+        f"COUNTED_HEADS = {COUNTED_HEADS}, FEWEST_HEADS = {FEWEST_HEADS}, FULL_ANYWHERE = {FULL_ANYWHERE};"
+    )
+    assert named in source
+    assert [with_heads(176, heads) for heads in (2, 16, 20, 32, 96)] == [176, 352, 281, 176, 176]
+    assert (with_heads(1500, 16), with_heads(2064, 16)) == (2048, 2064), "2048 queries fill every device"
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)

@@ -246,12 +246,11 @@ def test_the_ring_is_short_where_shared_memory_is_small() -> None:
     for gpu in filter(model.knows, GPUS):
         run = kda_forward(model, gpu).runs[0]
         short = gpu.shared == 100 << 10
-        two_warps = gpu.multiprocessors == 132  # a scheduler for each
-        assert run.states.kernel == (
-            "states, short ring" if short else "states, two warps" if two_warps else "states"
-        )
+        two_warps = gpu.multiprocessors >= 128  # a scheduler for each
+        kernel = "states" + ", two warps" * two_warps + ", short ring" * short
+        assert run.states.kernel == kernel
         assert run.states.shared == (3 if short else 5) * 16384 + (24576 if two_warps else 0)
-        assert model.resident(run.states, gpu) == 2
+        assert model.resident(run.states, gpu) == (1 if short and two_warps else 2)
         assert run.prepare.kernel == ("prepare, one set of rows" if short else "prepare")
         assert model.resident(run.prepare, gpu) == 2
     assert kda_forward(model, H100, heads=99).runs[0].states.kernel == "states of whole heads"
@@ -365,20 +364,26 @@ def test_no_default_is_slower_than_upstream_with_up_to_8_queries() -> None:
     assert found, "else this test says nothing"
 
 
+GUARD = 1.6  # how much too good the model was for LATENT_ATTN with 512 queries on an H200
+MEASURED = ("H200", "H100")  # the same multiprocessor
+
+
+@pytest.mark.parametrize("heads", [16, 20, 24, 32, 64, 96])
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize(
-    "gpu", [gpu for gpu in GPUS if gpu.name not in ("H200", "H100")], ids=lambda gpu: gpu.name
-)
-def test_latent_attn_is_hardly_slower_than_upstream_where_it_is_the_default(gpu: Gpu, exact: bool) -> None:
-    """Full blocks of queries are faster; a few numbers of queries fill only a part of the device's last wave."""
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_latent_attn_is_hardly_slower_than_upstream_where_it_is_the_default(
+    gpu: Gpu, exact: bool, heads: int
+) -> None:
+    """A few numbers of queries fill only a part of the device's last wave."""
     model, found = stored_model(), 0
+    too_good = GUARD if gpu.family == "GeForce" else 1.0
+    least = 0.81 if gpu.name in MEASURED and not exact else 0.87
     for keys in (512, 1024, 2048, 4096, 16384, 65536):
-        first = least_decompressed(gpu, keys, exact)
-        found += first <= min(keys, 2048)
-        last = min(keys, 2048)
-        for queries in {*range(first, last + 1, 16), *most_uneven(first, last)}:
-            gain = gain_of_decompressed(model, gpu, queries, keys, exact)
-            assert gain >= (1 if queries in (512, 1024, 1536, 2048) else 0.88), (keys, queries)
+        first, last = least_decompressed(gpu, keys, exact, heads), min(keys, 3072)
+        found += first <= last
+        for queries in {*range(first, last + 1, 64), *most_uneven(first, last)}:
+            gain = gain_of_decompressed(model, gpu, queries, keys, exact, heads) / too_good
+            assert gain >= (1 if (heads, queries) == (32, 2048) else least), (keys, queries)
     assert (found == 0) == (exact and gpu.family == "GeForce"), (
         "there no ubatch of up to 2048 tokens is exact"
     )

@@ -335,7 +335,8 @@ static __global__ void __launch_bounds__(WARPS * WARP, 1) states_kernel(const sc
 }
 
 // Stages in shared memory. Five are 80 KiB, which every device from 8.0 on can give to one block. A multiprocessor of
-// 8.6, 8.9 and 12.0 has 100 KiB: there, two blocks with three stages each fit, or one and a block of `prepare`.
+// 8.6, 8.9 and 12.0 has 100 KiB: there, two blocks with three stages each fit, or one and a block of `prepare`; of blocks
+// with two warps per group, one.
 constexpr int DEEP_RING = 5, SHORT_RING = 3;
 
 template <int D, int WARPS, int RING, int SPLIT = 1>
@@ -353,14 +354,16 @@ static void launch_blocks(const scan_args & args, const chunk_run & run, cudaStr
 template <int D>
 static void
 launch_states(const scan_args & args, const chunk_run & run, const device_limits & device, cudaStream_t stream) {
+    constexpr int SPLIT            = D % 64 == 0 ? 2 : 1;
+    const bool    a_scheduler_each = 2 * (int64_t) D / DEPTH * args.n_heads * args.n_seqs <= SCHEDULERS * device.n_sms;
+    const bool    scarce           = device.block_shared < ROOMY;
     if (4 * (int64_t) args.n_heads * args.n_seqs >= 3 * device.n_sms) {
         launch_blocks<D, D / DEPTH, DEEP_RING>(args, run, stream);
-    } else if (device.block_shared < ROOMY) {
-        launch_blocks<D, 2, SHORT_RING>(args, run, stream);
-    } else if (D % 64 == 0 && 2 * (int64_t) D / DEPTH * args.n_heads * args.n_seqs <= SCHEDULERS * device.n_sms) {
-        launch_blocks<D, 4, DEEP_RING, D % 64 == 0 ? 2 : 1>(args, run, stream);
+    } else if (SPLIT == 2 && a_scheduler_each) {
+        scarce ? launch_blocks<D, 4, SHORT_RING, SPLIT>(args, run, stream)
+               : launch_blocks<D, 4, DEEP_RING, SPLIT>(args, run, stream);
     } else {
-        launch_blocks<D, 2, DEEP_RING>(args, run, stream);
+        scarce ? launch_blocks<D, 2, SHORT_RING>(args, run, stream) : launch_blocks<D, 2, DEEP_RING>(args, run, stream);
     }
 }
 

@@ -49,11 +49,22 @@ struct CudaThreshold {
 };
 
 static constexpr CudaThreshold CUDA[] = {
-    { 512, { 528, 496, 320, 320 }, { 528, 528, 480, 480 } },
-    { 2048, { 624, 496, 256, 256 }, { 2064, 2064, 480, 480 } },
-    { 116508, { 528, 496, 176, 176 }, { 131088, 4080, 480, 480 } },
-    { INT64_MAX, { 528, 496, 176, 192 }, { 131088, 4080, 480, 352 } },
+    { 512, { 528, 496, 320, 320 }, { 528, 528, 2048, 2048 } },
+    { 2048, { 624, 496, 256, 256 }, { 2064, 2064, 2048, 2048 } },
+    { 116508, { 528, 496, 176, 176 }, { 131088, 4080, 2048, 2048 } },
+    { INT64_MAX, { 528, 496, 176, 192 }, { 131088, 4080, 2048, 352 } },
 };
+
+// A block computes 128 queries of one head. Fewer heads than those of the count fill a device with more queries. No model
+// has fewer than 16.
+static constexpr int64_t COUNTED_HEADS = 32, FEWEST_HEADS = 16, FULL_ANYWHERE = 2048;
+
+static int64_t with_heads(int64_t n_queries, int64_t n_head) {
+    if (n_head < FEWEST_HEADS || n_head >= COUNTED_HEADS) {
+        return n_queries;
+    }
+    return std::max(n_queries, std::min(n_queries * COUNTED_HEADS / n_head, FULL_ANYWHERE));
+}
 
 template <typename T, size_t N> static int row_of(const T (&table)[N], int64_t n_keys) {
     const auto less = [](const T & row, int64_t n) { return row.n_keys < n; };
@@ -104,13 +115,14 @@ static Enough look_up(const T (&table)[N], int64_t n_keys, const F & queries) {
     return enough;
 }
 
-static Enough min_queries(const ggml_tensor * cache, int64_t n_keys, bool exact) {
+static Enough min_queries(const ggml_tensor * cache, int64_t n_keys, int64_t n_head, bool exact) {
     if (!llama_latent_attn_on_cuda(cache)) {
         return look_up(CPU, n_keys, [&](const Threshold & row) { return min_queries_on_cpu(cache->type, row); });
     }
     const bool fast_sums = llama_latent_attn_fast_sums(cache);
-    return look_up(CUDA, n_keys,
-                   [&](const CudaThreshold & row) { return min_queries_on_cuda(cache->type, row, exact, fast_sums); });
+    return look_up(CUDA, n_keys, [&](const CudaThreshold & row) {
+        return with_heads(min_queries_on_cuda(cache->type, row, exact, fast_sums), n_head);
+    });
 }
 
 // The cache in the layout of the operator: [n_cache, n_keys, 1, n_stream].
@@ -188,7 +200,7 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
     const int64_t n_queries = equal ? g.ubatch.n_seq_tokens : g.n_tokens / k->ne[3];
     const int64_t n_own     = own_keys(g.ubatch);
     const int64_t n_keys    = n_own > 0 ? n_own : k->ne[1];
-    const Enough  enough    = min_queries(k, n_keys, ops.exact);
+    const Enough  enough    = min_queries(k, n_keys, layer.wk_b->ne[2], ops.exact);
     if (n_queries < enough.anywhere) {
         return false;
     }
@@ -225,8 +237,9 @@ uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph, uint32_t n_seqs) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
         const ggml_tensor * k    = node->src[1];
         if (node->op == GGML_OP_LATENT_ATTN) {
-            const bool exact = ggml_op_has_mark(node, GGML_OP_MARK_EXACT);
-            most             = std::max(most, (min_queries(k, k->ne[1], exact).here - 1) * k->ne[3]);
+            const bool    exact  = ggml_op_has_mark(node, GGML_OP_MARK_EXACT);
+            const int64_t n_head = node->src[0]->ne[2];
+            most                 = std::max(most, (min_queries(k, k->ne[1], n_head, exact).here - 1) * k->ne[3]);
         } else if (llama_latent_plain_has(node)) {
             // a sequence with more cells than it can expand is absorbed
             most = std::max<int64_t>(most, k->ne[1] == LLAMA_LATENT_PLAIN_MAX_CELLS

@@ -517,9 +517,10 @@ bool ggml_quant_gemm_prefers_rows(const ggml_tensor * op) {
         return false;
     }
     // With NEON, upstream interleaves most types of 32 values. Its kernels decode them faster on most cores, except Q4_0 and
-    // Q8_0 with i8mm (docs/arm-estimates.md).
+    // Q8_0 with i8mm. But it multiplies experts' interleaved weights by one column at a time (docs/arm-estimates.md).
     const bool upstreams = QUANT_GEMM_NEON && rows->scheme == quant_gemm::Scheme::q8_0;
-    const bool as_fast   = QUANT_GEMM_I8MM && (type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0);
+    const bool as_fast =
+        op->op == GGML_OP_MUL_MAT_ID || (QUANT_GEMM_I8MM && (type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0));
     const bool has_other = upstreams || quant_gemm::find_format(type, QUANT_GEMM_8X8) != nullptr;
     return (!upstreams || as_fast) && !(has_other && quant_gemm::environment_switch("KIMI_REPACK", false));
 }

@@ -211,8 +211,8 @@ static void test_conv(const conv_shape & n, bool new_seq, const options & o) {
     judge(describe("conv", n, new_seq, o), n, conv(n, x), [&] { return run_conv(n, x, o); });
 }
 
-// Bytes of shared memory per block of a GeForce and of a device for data centres. With the latter, two warps share 16
-// value channels where their blocks do not fill the multiprocessors.
+// Bytes of shared memory per block of a GeForce and of a device for data centres. On both, two warps share 16 value
+// channels where each has a scheduler of its own.
 static constexpr size_t SCARCE = 99 << 10, ROOMY = 163 << 10;
 
 // The whole operator on a device of this compute capability.
@@ -317,6 +317,9 @@ static void test_chunks() {
     for (const int64_t T : { 1, 17, 33, 47, 63, 64, 65, 600 }) {
         test_scan("chunks", chunks(4, ROOMY), { 128, 1, T, 1, 1 }, "ordinary", -INFINITY, T == 65, vary(i++));
     }
+    for (const int64_t T : { 17, 64, 65, 600 }) {
+        test_scan("chunks", chunks(4), { 128, 1, T, 1, 1 }, "ordinary", -INFINITY, T == 65, vary(i++));
+    }
     // long runs, and one long run
     test_scan("chunks", chunks(2, ROOMY), { 64, 1, 2100, 1, 1 }, "ordinary", -INFINITY, false, vary(i++));
     test_scan("chunks", chunks(2, ROOMY), { 32, 1, 1025, 1, 1 }, "ordinary", -INFINITY, false, vary(i++));
@@ -359,7 +362,9 @@ static void test_briefly() {
     test_scan("steps", whole(75), { 256, 1, 9, 1, 1 }, "ordinary", -INFINITY, true, {});
     test_scan("chunks", chunks(1), { 32, 1, 330, 1, 1 }, "ordinary", -INFINITY, false, {});
     test_scan("chunks", chunks(2), { 128, 1, 130, 1, 1 }, "ordinary", -INFINITY, true, {});
-    test_scan("chunks", chunks(4, ROOMY), { 128, 1, 130, 1, 1 }, "ordinary", -INFINITY, true, {});
+    for (const size_t block_shared : { SCARCE, ROOMY }) {
+        test_scan("chunks", chunks(4, block_shared), { 128, 1, 130, 1, 1 }, "ordinary", -INFINITY, true, {});
+    }
 }
 
 int main(int argc, char ** argv) {
