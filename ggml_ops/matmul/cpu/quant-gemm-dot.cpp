@@ -140,6 +140,8 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
     static constexpr int SUB      = weights_per_factor(Type::SCHEME);
     static constexpr int TOGETHER = std::min(groups_together(Type::CODES), SUB / 4);
     static constexpr int AHEAD    = LANES * sizeof(Block) / N_BLOCKS;
+    // Sums are zeroed once and go on from block to block; each factor is less by the next one.
+    static constexpr bool GO_ON = QUANT_GEMM_NEON && Type::SCHEME == Scheme::q8_K && Type::OFFSET == 0;
 
     const char * const * columns;
     int64_t              i;
@@ -166,7 +168,12 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
 
     const ActSuperBlock & acts(int c) const { return ((const ActSuperBlock *) columns[c])[i]; }
 
-    inline void factors(int b, Ints x) { factor[b] = x; }
+    inline void factors(int b, Ints x) {
+        factor[b] = x;
+        if (GO_ON && b > 0) {
+            factor[b - 1] = sub_32(factor[b - 1], x);
+        }
+    }
 
     inline void codes(int b, int j, Ints x) { add(b, j, x, products); }
 
@@ -179,13 +186,17 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
         }
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            if (SUB != SLICE && j % TOGETHER < SUM_VECTORS) {
+            if (SUB != SLICE && j % TOGETHER < SUM_VECTORS && !(GO_ON && b > 0)) {
                 constexpr bool STARTS    = has_starts(Type::SCHEME) && Type::OFFSET != 0;
                 sums[c][j % SUM_VECTORS] = STARTS ? start_at(&acts(c).starts[sub]) : ints(0);
             }
             add_codes<Type::CODES>(sums[c], j, x, acts(c).codes + BLOCK * b);
             if (SUB != SLICE && j % TOGETHER == TOGETHER - 1) {
-                to[c] = add_32(to[c], total_times(sums_of_rows(sums[c]), factor[sub]));
+                const Ints sum = sums_of_rows(sums[c]);
+                to[c]          = add_32(to[c], total_times(sum, factor[sub]));
+                if constexpr (GO_ON) {
+                    keep_until(sums[c], sum);
+                }
             }
         }
     }

@@ -353,6 +353,37 @@ struct Q6_K {
     }
 };
 
+// Factors of IQ4_XS: numbers of six bits, offset 32. low: their lower four bits; high: their upper two, in the upper half of
+// each lane.
+#if QUANT_GEMM_NEON
+
+// The numbers are joined in bytes, below two bits of others, which left shifts remove. Flipped upper bits become signs.
+template <typename To> inline void give_factors_iq4_xs(To & to, Ints low, Ints high) {
+    constexpr uint8_t TWICE[16] = { 2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15 };
+    const Ints        upper     = look_up(high, table_of_16(TWICE)) ^ bytes(0xaa);
+    const Ints        even      = join_low_nibbles(low, shifted_bytes(upper, 0, -4));
+    const Ints        odd       = join_high_nibbles(low, shifted_bytes(upper, 2, -2));
+#pragma GCC unroll 8
+    for (int b = 0; b < N_BLOCKS; b++) {
+        to.factors(b, right_signed_32(left_32(b % 2 == 0 ? even : odd, 26 - b / 2 * 8), 26));
+    }
+}
+
+#else
+
+template <typename To> inline void give_factors_iq4_xs(To & to, Ints low, Ints high) {
+    high = right_32(high, 16);
+#pragma GCC unroll 8
+    for (int b = 0; b < N_BLOCKS; b++) {
+        const Ints low4   = right_32(low, 4 * b) & ints(15);
+        const Ints up2    = right_32(high, 2 * b) & ints(3);
+        const Ints factor = sub_32(low4 | left_32(up2, 4), ints(32));
+        to.factors(b, SUMS_OF_16_BITS ? signed_number(factor, 0) : factor);
+    }
+}
+
+#endif
+
 struct IQ4_XS {
     static constexpr Scheme SCHEME = Scheme::q8_K;
     static constexpr int    OFFSET = OFFSET_OF_BYTES;
@@ -360,16 +391,14 @@ struct IQ4_XS {
 
     template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int, To & to) {
         const size_t at = block / N_BLOCKS * sizeof(block_iq4_xs);
-        Ints         head[4];  // d and scales_h, scales_l
+        // d and scales_h, scales_l
+#if QUANT_GEMM_NEON
+        const Ints head[2] = { rows.load_word(at), rows.load_word(at + 4) };
+#else
+        Ints head[4];
         rows.load16(at, head);
-        const Ints high = right_32(head[0], 16);
-#pragma GCC unroll 8
-        for (int b = 0; b < N_BLOCKS; b++) {
-            const Ints low4   = right_32(head[1], 4 * b) & ints(15);
-            const Ints up2    = right_32(high, 2 * b) & ints(3);
-            const Ints factor = sub_32(low4 | left_32(up2, 4), ints(32));
-            to.factors(b, SUMS_OF_16_BITS ? signed_number(factor, 0) : factor);
-        }
+#endif
+        give_factors_iq4_xs(to, head[1], head[0]);
 #pragma GCC unroll 8
         for (int b = 0; b < N_BLOCKS; b++) {
             Ints x[4];

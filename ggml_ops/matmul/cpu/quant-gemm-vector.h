@@ -284,6 +284,11 @@ inline Ints in_order(Ints x) {
     return x;
 }
 
+// Vectors that do not change before y is known: GCC would add to copies.
+inline void keep_until(Ints (&x)[4], Ints y) {
+    asm("" : "+w"(x[0]), "+w"(x[1]), "+w"(x[2]), "+w"(x[3]) : "w"(y));
+}
+
 inline Ints from_8(int8x16_t x) {
     return vreinterpretq_s32_s8(x);
 }
@@ -395,6 +400,22 @@ inline void store_bytes(int8_t * p, Ints x) {
 
 inline Ints halves_apart(Ints x) {
     return from_16(vuzp1q_u16(to_16(x), vextq_u16(to_16(x), to_16(x), 1)));
+}
+
+// The low nibbles of x, below the low nibbles of `upper`, ...
+inline Ints join_low_nibbles(Ints x, Ints upper) {
+    return vreinterpretq_s32_u8(vsliq_n_u8(to_unsigned_8(x), to_unsigned_8(upper), 4));
+}
+
+// ... and the high nibbles of x, below the high nibbles of `upper`.
+inline Ints join_high_nibbles(Ints x, Ints upper) {
+    return vreinterpretq_s32_u8(vsriq_n_u8(to_unsigned_8(upper), to_unsigned_8(x), 4));
+}
+
+// Shifts bytes to the left by `even` and `odd` in turns, to the right if negative.
+inline Ints shifted_bytes(Ints x, int even, int odd) {
+    const int16x8_t both = vdupq_n_s16((int16_t) ((even & 0xff) | odd * 256));
+    return vreinterpretq_s32_u8(vshlq_u8(to_unsigned_8(x), vreinterpretq_s8_s16(both)));
 }
 
 inline Floats from_bf16(const void * p) {
