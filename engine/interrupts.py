@@ -16,8 +16,12 @@ NO_READER: Final = 141  # 128 + SIGPIPE
 
 def exit_status(command: Sequence[str]) -> int:
     """The exit status of a command as a shell gives it. The command is killed if this process is interrupted."""
-    status = subprocess.run(command, check=False).returncode
-    return status if status >= 0 else 128 - status
+    return shell_status(subprocess.run(command, check=False).returncode)
+
+
+def shell_status(returned: int) -> int:
+    """An exit status as a shell gives it. returned: as Python gives it, negative after a signal."""
+    return returned if returned >= 0 else 128 - returned
 
 
 @contextmanager

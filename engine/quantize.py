@@ -1,7 +1,7 @@
 """Runs llama-quantize so that its output appears complete under its name, or not at all.
 
 Input: the program, the model, the arguments after it. Output: the files, and the program's exit status. It writes to a
-hidden folder next to the output, from which the finished files are moved.
+hidden folder next to the output, from which the finished files are moved; its messages name the output.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,11 +19,20 @@ from pathlib import Path
 from typing import Final
 
 from kimi_gguf.engine.errors import EngineError, UsageError
-from kimi_gguf.engine.interrupts import exit_status
+from kimi_gguf.engine.interrupts import exit_status, shell_status
 from kimi_gguf.engine.path_check import check_path
 from kimi_gguf.engine.split_names import place_in_set, split_paths
 
 DRY_RUN, KEEP_SPLIT, IMATRIX = "--dry-run", "--keep-split", "--imatrix"
+# llama-quantize's options, and how many words follow each.
+OPTIONS: Final = {
+    **dict.fromkeys(
+        ("--help", "--allow-requantize", "--leave-output-tensor", "--pure", KEEP_SPLIT, DRY_RUN), 0
+    ),
+    **dict.fromkeys((IMATRIX, "--include-weights", "--exclude-weights", "--output-tensor-type"), 1),
+    **dict.fromkeys(("--token-embedding-type", "--tensor-type", "--tensor-type-file", "--prune-layers"), 1),
+    **dict.fromkeys(("--override-kv", "--max-buffer-size"), 1),
+}
 _SUFFIX: Final = ".gguf"
 
 
@@ -31,28 +42,59 @@ def quantize(program: Path, model: Path, given: Sequence[str]) -> int:
     given: the output, the type, perhaps a number of threads, then options. If it fails or is interrupted, nothing is
     left, and a file that had the output's name before is unchanged. What a killed run left is removed by the next one.
     """
+    words, options, output = check_arguments(model, given)
+    if output is None:
+        return exit_status([str(program), *options, str(model), *words])
+    with _own_folder(output) as folder:
+        hidden = Path(folder, output.name)
+        status = _run(
+            [str(program), *options, str(model), str(hidden), *words[1:]],
+            str(hidden).removesuffix(output.name),
+            str(output).removesuffix(output.name),
+        )
+        if status == 0:
+            _take_names(sorted(Path(folder).iterdir()), output.parent)
+    return status
+
+
+def check_arguments(model: Path, given: Sequence[str]) -> tuple[list[str], list[str], Path | None]:
+    """(output, type and threads; options; the output, None for a dry run). Raises `EngineError` for what cannot be
+    written, before a program or a build is needed. given: as for `quantize`."""
     words, options = split_arguments(model, given)
+    _check_options(model, options)
     for option, value in pairwise(options):
         if option == IMATRIX:
             check_path(Path(value))
     if DRY_RUN in options:
-        return exit_status([str(program), *options, str(model), *words])
+        return words, options, None
     output = Path(words[0]) if len(words) > 1 else None
     if output is None or output.suffix != _SUFFIX:
         raise UsageError(
             "quantize: no output",
             expected="a name that ends in .gguf, and the type after it",
             found=" ".join(words) or "nothing",
-            todo=f"write: kimi-llama quantize {model} OUTPUT.gguf TYPE [--OPTION ...]",
+            todo=_usage(model),
         )
     inputs = (place_in_set(model) or (1, [model]))[1]
     outputs = split_paths(output, len(inputs)) if KEEP_SPLIT in options else [output]
     _check(inputs, outputs)
-    with _own_folder(output) as folder:
-        status = exit_status([str(program), *options, str(model), str(Path(folder, output.name)), *words[1:]])
-        if status == 0:
-            _take_names(sorted(Path(folder).iterdir()), output.parent)
-    return status
+    return words, options, output
+
+
+def _run(command: Sequence[str], hidden: str, shown: str) -> int:
+    """The exit status of a command, as `exit_status`. Its messages on standard error have `shown` instead of
+    `hidden`."""
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="backslashreplace"
+    ) as process:
+        try:
+            for line in process.stderr or ():
+                sys.stderr.write(line.replace(hidden, shown))
+                sys.stderr.flush()
+        except BaseException:
+            process.kill()
+            raise
+    return shell_status(process.returncode)
 
 
 @contextmanager
@@ -95,9 +137,33 @@ def split_arguments(model: Path, given: Sequence[str]) -> tuple[list[str], list[
             "quantize: wrong order",
             expected="the output and the type before options",
             found=given[0],
-            todo=f"write: kimi-llama quantize {model} OUTPUT.gguf TYPE [--OPTION ...]",
+            todo=_usage(model),
         )
     return list(given[:first]), list(given[first:])
+
+
+def _usage(model: Path) -> str:
+    return f"write: kimi-llama quantize {model} OUTPUT.gguf TYPE [THREADS] [--OPTION ...]"
+
+
+def _check_options(model: Path, options: Sequence[str]) -> None:
+    """Raise `UsageError` for a word that belongs to no option, and for an option without its value: llama-quantize
+    would take one file for another. What follows an option that is not known here is left to llama-quantize."""
+    option, missing = "", 0
+    for word in (*options, "--"):
+        if word.startswith("--"):
+            if missing > 0:
+                raise UsageError(f"quantize: {option} without a value", todo=_usage(model))
+            option, missing = word, OPTIONS.get(word, -1)
+        elif missing == 0:
+            raise UsageError(
+                "quantize: wrong order",
+                expected="the output, the type and the number of threads before options",
+                found=f"{word} after {option}",
+                todo=_usage(model),
+            )
+        else:
+            missing -= 1
 
 
 def _check(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:

@@ -21,7 +21,7 @@ from kimi_gguf.engine.builds import Engine, select
 from kimi_gguf.engine.errors import EngineError, UsageError
 from kimi_gguf.engine.gguf_check import check_gguf, check_mtp, check_tokenizer
 from kimi_gguf.engine.interrupts import INTERRUPTED, NO_READER, exit_status
-from kimi_gguf.engine.quantize import quantize
+from kimi_gguf.engine.quantize import check_arguments, quantize
 from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.engine.toolchain import available_memory, cores
 from kimi_gguf.patches.errors import KimiError
@@ -144,11 +144,13 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
         check_mtp(model)
     if name in ("run", "chat"):  # a server can also compute embeddings of token ids
         check_tokenizer(model)
+    if name == "quantize":
+        check_arguments(model, given)
     engine = select(build, upstream)
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.for_gpus:
         _expect_to_run(engine)
-    if tool is TOOLS["quantize"]:
+    if name == "quantize":
         return quantize(engine.bin / tool.program, model, given)
     if engine.for_gpus or upstream:
         tool = tool.without(_UBATCH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.engine.quantize import _own_folder, quantize
+from kimi_gguf.engine.quantize import OPTIONS, _own_folder, quantize
 
 # In place of llama-quantize. Its arguments are added to the file `arguments` next to it.
 PROGRAM = """#!/bin/sh
@@ -65,6 +66,32 @@ def test_options_precede_the_files(model: Path, tmp_path: Path) -> None:
     words = seen_by(run)
     assert words[:4] == ["--imatrix", "i.gguf", "--pure", str(model)]
     assert words[5:] == ["Q8_0", "2"]
+
+
+@pytest.mark.parametrize("output", ["out.gguf", "folder/out.gguf"])
+def test_messages_name_the_output_and_not_the_hidden_folder(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    output: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    run = program(tmp_path, WRITES + """echo "from '$1' to '$2'" >&2; printf 'tail \\377' >&2; echo done\n""")
+    assert quantize(run, Path("in.gguf"), [output, "Q8_0"]) == 0
+    assert seen_by(run)[1] != output, "it writes elsewhere"
+    said = capfd.readouterr()
+    assert said.err == f"from 'in.gguf' to '{output}'\ntail \\xff"
+    assert said.out == "done\n"
+
+
+@pytest.mark.engine
+def test_the_options_are_those_of_the_real_program(engine: Engine) -> None:
+    command = [engine.bin / "llama-quantize", "--help"]
+    text = subprocess.run(command, check=False, capture_output=True, text=True).stdout
+    listed = re.findall(r"^  (--[a-z-]+)(?: (\S+))?$", text, re.MULTILINE)
+    assert {option: int(bool(value)) for option, value in listed} | {"--help": 0} == OPTIONS
 
 
 def test_a_failure_leaves_the_earlier_file(model: Path, tmp_path: Path) -> None:
@@ -144,6 +171,13 @@ def test_a_path_that_cannot_exist_is_refused(words: str, name: str, model: Path,
     assert names(tmp_path) == {"in.gguf"}
 
 
+def test_what_follows_an_unknown_option_is_left_to_the_program(model: Path, tmp_path: Path) -> None:
+    """A build of another checkout may have options that are not known here."""
+    run = program(tmp_path, "exit 0\n")
+    quantize(run, model, [str(tmp_path / "out.gguf"), "Q8_0", "--new", "1", "2", "--pure"])
+    assert seen_by(run)[:5] == ["--new", "1", "2", "--pure", str(model)]
+
+
 def test_splits_are_moved_together(tmp_path: Path) -> None:
     first = tmp_path / "in-00001-of-00002.gguf"
     first.write_bytes(b"GGUF")
@@ -183,6 +217,10 @@ def test_a_dry_run_needs_no_output(model: Path, tmp_path: Path) -> None:
     ("given", "reason"),
     [
         (["--pure", "out.gguf", "Q8_0"], "the output and the type before options, found --pure"),
+        (["out.gguf", "Q8_0", "--pure", "2"], "number of threads before options, found 2 after --pure"),
+        (["out.gguf", "Q8_0", "--imatrix", "i", "2"], "found 2 after --imatrix"),
+        (["out.gguf", "Q8_0", "--imatrix"], "--imatrix without a value"),
+        (["out.gguf", "Q8_0", "--imatrix", "--pure"], "--imatrix without a value"),
         (["Q8_0"], "a name that ends in .gguf, and the type after it, found Q8_0"),
         (["Q8_0", "4"], "a name that ends in .gguf, and the type after it, found Q8_0 4"),
         ([], "found nothing"),
