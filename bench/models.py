@@ -28,7 +28,7 @@ from kimi_gguf.convert.types.ggml import LIBRARY, Ggml
 from kimi_gguf.engine.builds import Engine, cache_folder
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
-from kimi_gguf.engine.gguf_check import check_gguf
+from kimi_gguf.engine.gguf_check import check_gguf, damaged
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.toolchain import available_memory
 
@@ -146,9 +146,7 @@ def open_model(path: Path) -> ModelFile:
         with GgufModel(path) as model:
             keys, tensors = model.keys, tuple(model.tensors.values())
     except GgufError as error:
-        raise EngineError(
-            f"{path}: a damaged GGUF file", found=str(error), todo="convert or download it again"
-        ) from None
+        raise damaged(path, error) from None
     architecture = str(keys.get("general.architecture", "none"))
     if architecture not in ARCHITECTURES:
         raise EngineError(

@@ -29,7 +29,7 @@ from kimi_gguf.bench.runner import Runner
 from kimi_gguf.bench.server import RunningServer, running
 from kimi_gguf.engine.builds import Engine, ensure
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
+from kimi_gguf.engine.gguf_check import check_mtp, check_whole
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import CORES, cores
 
@@ -310,7 +310,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table of a model with an MTP layer. Returns the exit status."""
     given = _parser().parse_args(arguments)
     try:
-        check_gguf(given.model)
+        check_whole(given.model)
         check_mtp(given.model)
         builds = {"patched": ensure(), "upstream": ensure(upstream=True)}
         with reporting() as reporter:

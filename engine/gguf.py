@@ -31,11 +31,16 @@ _SCALARS: Final = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_MOST_NUMBER: Final = (1 << 16) - 1  # of versions and types; larger ones are damage
 _BY_NUMBER: Final = {kind.number: kind for kind in TENSOR_TYPES.values()}
 
 
 class GgufError(EngineError):
     """A file that is missing, damaged, not GGUF, or part of another model; the message names it."""
+
+
+class UnknownGgufError(GgufError):
+    """A file with another version of GGUF, or a type of tensor that is not known here; llama.cpp may know it."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,8 @@ class GgufFile:
         ne = cursor.unpack(f"<{dimensions}Q")
         number, offset = cursor.unpack("<IQ")
         if number not in _BY_NUMBER:
-            raise GgufError(f"{self.path}: {name!r:.80}: unknown tensor type {number}")
+            kind = UnknownGgufError if number <= _MOST_NUMBER else GgufError
+            raise kind(f"{self.path}: {name!r:.80}: unknown tensor type {number}")
         if min(ne) < 1 or math.prod(ne) > 1 << 48:
             raise GgufError(f"{self.path}: {name!r:.80}: expected sizes of at least 1, found {list(ne)}")
         return name, ne, _BY_NUMBER[number], offset
@@ -271,7 +277,8 @@ class _Cursor:
             raise GgufError(f"{self.path}: not a GGUF file: expected 'GGUF' as the first four bytes")
         version, num_tensors, num_keys = self.unpack("<IQQ")
         if version != 3:
-            raise GgufError(f"{self.path}: expected GGUF version 3, found {version}")
+            kind = UnknownGgufError if 1 <= version <= _MOST_NUMBER else GgufError
+            raise kind(f"{self.path}: expected GGUF version 3, found {version}")
         return num_tensors, num_keys
 
     def string(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.file_kind import kind_of
-from kimi_gguf.engine.gguf import GgufError, GgufModel, key_of
+from kimi_gguf.engine.gguf import GgufError, GgufModel, UnknownGgufError, key_of
 from kimi_gguf.engine.path_check import check_path
 from kimi_gguf.engine.split_names import place_in_set
 
@@ -19,6 +19,24 @@ def check_gguf(path: Path) -> None:
     model (NAME-00001-of-00003.gguf), check all splits."""
     for split in all_splits(path):
         _check_file(split)
+
+
+def check_whole(path: Path) -> None:
+    """`check_gguf`, and raise `EngineError` for a damaged header, or if the file ends before its tensors do. Files of a
+    kind that this project cannot read are left to llama.cpp."""
+    check_gguf(path)
+    try:
+        GgufModel(path).close()
+    except UnknownGgufError:
+        return
+    except GgufError as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: GgufError) -> EngineError:
+    """The error for a file of the user that cannot be read."""
+    found = str(error).removeprefix(f"{path}: ")
+    return EngineError(f"{path}: a damaged GGUF file: {found}", todo="convert or download it again")
 
 
 def all_splits(path: Path) -> list[Path]:

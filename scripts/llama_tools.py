@@ -19,7 +19,7 @@ from kimi_gguf.engine.addresses import addresses
 from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.builds import Engine, select
 from kimi_gguf.engine.errors import EngineError, UsageError
-from kimi_gguf.engine.gguf_check import check_gguf, check_mtp, check_tokenizer
+from kimi_gguf.engine.gguf_check import check_mtp, check_tokenizer, check_whole
 from kimi_gguf.engine.interrupts import INTERRUPTED, NO_READER, exit_status
 from kimi_gguf.engine.quantize import check_arguments, quantize
 from kimi_gguf.engine.split_names import place_in_set
@@ -130,7 +130,7 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
     given: what follows the model. build, upstream: see `select`.
     """
     tool = TOOLS[name]
-    check_gguf(model)
+    check_whole(model)
     if own := _options(given) & {"--build", "--backend", "--upstream"}:
         raise UsageError(
             f"{own.pop()}: what follows MODEL is passed to {tool.program}, which does not know it",
@@ -139,7 +139,7 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
     _check_workers(given)
     drafts = _values(given, _DRAFT)
     for draft in drafts:
-        check_gguf(Path(draft))
+        check_whole(Path(draft))
     if not drafts and any(_MTP in kinds.split(",") for kinds in _values(given, {_KIND})):
         check_mtp(model)
     if name in ("run", "chat"):  # a server can also compute embeddings of token ids

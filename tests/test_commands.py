@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_llama
 
 from kimi_gguf.convert.cli import main as convert_kimi
 from kimi_gguf.engine.interrupts import INTERRUPTED, NO_READER, interrupt_ends_process
@@ -208,7 +209,7 @@ def test_a_path_that_cannot_exist_is_one_message(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("model.gguf").write_bytes(b"GGUF")
+    Path("model.gguf").write_bytes(tiny_llama.NO_TENSORS)
     program, *arguments = words.split()
     main = {"convert-kimi": convert_kimi, "validate-kimi": validate_kimi, "kimi-llama": kimi_llama}[program]
     for name, shown, found in (

@@ -73,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
     tiny_llama.make(tmp_path)
     for name, (key, built) in BUILDS.items():
         add(tmp_path, name, key, built)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    (tmp_path / "model.gguf").write_bytes(tiny_llama.NO_TENSORS)
     return tmp_path
 
 
@@ -161,7 +161,7 @@ def test_without_the_default_build_the_others_are_listed_and_none_is_taken(
     tmp_path: Path, command: str
 ) -> None:
     tiny_llama.make(tmp_path)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    (tmp_path / "model.gguf").write_bytes(tiny_llama.NO_TENSORS)
     for name in ("cpu+GGML_NATIVE=OFF", "cuda"):
         add(tmp_path, name, *BUILDS[name])
     done = call(tmp_path, command, *([str(tmp_path / "model.gguf")] if command == "run" else []))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import struct
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny_llama
 from gguf import GGUFWriter
@@ -26,7 +29,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny = tiny_llama.make(folder)
     tiny.build()
     tiny.build(upstream=True)
-    (folder / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    (folder / "model.gguf").write_bytes(tiny_llama.NO_TENSORS)
     return folder
 
 
@@ -109,7 +112,7 @@ def test_a_gpus_build_that_lost_its_libraries_is_said_and_not_replaced_silently(
     manifest = json.loads((lost / "manifest.json").read_text())
     (lost / "manifest.json").write_text(json.dumps({**manifest, "backends": ["cuda", "cpu"]}))
     (lost / "bin" / "llama-cli").write_text("#!/bin/sh\necho libcublas.so.13: no such file >&2; exit 127\n")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    (tmp_path / "model.gguf").write_bytes(tiny_llama.NO_TENSORS)
     told = call(tmp_path, "run", "--backend", "cuda", str(tmp_path / "model.gguf"))
     assert told.returncode == 1
     assert "libcublas.so.13" in told.stderr
@@ -125,7 +128,7 @@ def test_a_program_ends_with_the_reader_of_its_text(
 ) -> None:
     """Python ignores SIGPIPE. A server needs that, and so does a program whose workers may end."""
     model = tmp_path / "model.gguf"
-    model.write_bytes(b"GGUF")
+    model.write_bytes(tiny_llama.NO_TENSORS)
     engine = SimpleNamespace(bin=tmp_path, for_gpus=False, label=lambda: "x")
     monkeypatch.setattr(llama_tools, "select", lambda *_: engine)
     found = []
@@ -308,6 +311,56 @@ def test_a_file_that_is_not_gguf_is_said_at_once(built: Path) -> None:
     told = call(built, "run", str(built / "model.safetensors"))
     assert told.returncode == 1
     assert "not a GGUF file" in told.stderr
+
+
+DAMAGED = {
+    "a version that does not exist": (b"GGUF" + bytes(60), "expected GGUF version 3, found 0"),
+    "numbers at random": (b"GGUF\xba\xad\xf0\x0d" * 9, "expected GGUF version 3, found 233876922"),
+    "only the first bytes": (b"GGUF", "the header ends early, at byte 4; truncated"),
+    "without the end of a tensor": (
+        b"",
+        "'weight': expected 256 bytes at offset 128, but the file has 300 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "quantize", "run -md"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_is_said_before_a_build_is_made(tmp_path: Path, damage: str, command: str) -> None:
+    tiny_llama.make(tmp_path)
+    path, (content, said) = tmp_path / "model.gguf", DAMAGED[damage]
+    path.write_bytes(content)
+    if not content:
+        writer = GGUFWriter(path, "kimi-linear")
+        writer.add_tensor("weight", np.zeros(64, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.truncate(path, 300)
+    (tmp_path / "whole.gguf").write_bytes(tiny_llama.NO_TENSORS)
+    name, *draft = command.split()
+    words = [str(tmp_path / "whole.gguf"), *draft, str(path)] if draft else [str(path), "out.gguf", "Q8_0"]
+    told = call(tmp_path, name, *words)
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr.startswith(f"kimi-llama: error: {path}: a damaged GGUF file: {said}")
+    assert told.stderr.endswith("; convert or download it again\n") and told.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_another_version_of_gguf_is_left_to_llama_cpp(built: Path, number: int) -> None:
+    """It reads version 2, and a later one may read more."""
+    path = built / f"version-{number}.gguf"
+    path.write_bytes(b"GGUF" + bytes([number]) + bytes(19))
+    assert call(built, "run", str(path), "-p", "x").returncode == 7
+
+
+def test_an_unknown_type_of_tensor_is_left_to_llama_cpp(built: Path) -> None:
+    for number, status in ((999, 7), (1 << 20, 1)):
+        path = built / f"type-{number}.gguf"
+        tensor = struct.pack("<Q1sIQIQ", 1, b"w", 1, 32, number, 0)
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + tensor + bytes(512))
+        assert call(built, "run", str(path), "-p", "x").returncode == status
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ endforeach()
     ".gitignore": "src/kimi*\n",
 }
 ROOT = "tiny-1.0"
+NO_TENSORS = b"GGUF\x03" + bytes(19)  # a GGUF file without keys and tensors
 PACKAGE = {
     "llama_cpp/__init__.py": '__version__ = "1.0"\n',
     "PKG-INFO": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n\nTiny.\n",
