@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_gguf.bench.record import load_all
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, reason
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,12 @@ def read_manifest(file: Path) -> Manifest:
     try:
         data = tomllib.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise EngineError(f"{file}: the manifest cannot be read", found=str(error)) from None
+        raise EngineError(
+            f"{file}: the manifest cannot be read",
+            expected="a TOML file such as docs/bench.toml",
+            found=reason(error),
+            todo="name another file, or correct this one",
+        ) from None
     match data:
         case {
             "title": str(title),

@@ -29,7 +29,7 @@ from kimi_gguf.bench.models import ModelFile
 from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Demand, Peaks
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, reason
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 
 SCHEMA = 3
@@ -245,7 +245,7 @@ def load(file: Path, schemas: Sequence[int] = (SCHEMA,)) -> Data:
         record: Data = json.loads(text, object_hook=part)
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
     except (OSError, ValueError, RecursionError) as error:
-        raise EngineError(what, found=str(error), todo="name a file of --json") from None
+        raise EngineError(what, found=reason(error), todo="name a file of --json") from None
     if isinstance(found, int) and found in _NEWER:
         record = json.loads(text.replace(_OLD_NAME, "upstream"), object_hook=part)
         found = record["schema"] = _NEWER[found]

@@ -43,7 +43,7 @@ from kimi_gguf.bench.runner import environment_of
 from kimi_gguf.bench.server import running
 from kimi_gguf.bench.shapes import TYPES, chosen_model
 from kimi_gguf.bench.speculative import cost_table, measure_cost, measure_server, server_table
-from kimi_gguf.bench.workers import measure_workers
+from kimi_gguf.bench.workers import check_reachable, measure_workers
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.addresses import addresses
 from kimi_gguf.engine.build_spec import CPU_BACKENDS
@@ -78,6 +78,7 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
             return 0
         if parsed.workers:
             workers = addresses(parsed.workers)
+            check_reachable(workers)  # before a build and a model are made
             with reporting() as reporter:
                 engine = chosen_build(parsed)
                 for make in makers(parsed, engine, reporter):

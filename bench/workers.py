@@ -6,6 +6,7 @@ Input: parsed arguments, the patched build, a model. Output: a table on standard
 from __future__ import annotations
 
 import argparse
+import socket
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,10 +17,28 @@ from kimi_gguf.bench.cells import SIZES
 from kimi_gguf.bench.models import ModelFile
 from kimi_gguf.bench.runner import Runner, environment_of
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.errors import EngineError, reason
 from kimi_gguf.engine.toolchain import cores
 
 STEPS = 32  # timed decodes of single tokens
 WARM = 2
+PATIENCE = 10  # seconds until a worker counts as unreachable
+
+
+def check_reachable(addresses: Sequence[str]) -> None:
+    """Raise `EngineError` unless something listens at each address: a model is generated for minutes before llama.cpp
+    connects."""
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), PATIENCE).close()
+        except (OSError, OverflowError) as error:
+            raise EngineError(
+                f"{address}: no connection",
+                expected="a worker that listens there",
+                found=reason(error),
+                todo="start it on its machine: kimi-llama worker --help",
+            ) from None
 
 
 def measure_workers(

@@ -18,6 +18,11 @@ class UnfinishedError(EngineError):
     """A build reached its time limit; what is compiled is kept, and the next build continues."""
 
 
+def reason(error: Exception) -> str:
+    """What an error of Python or the system says, without the number and the path that messages of the system have."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 def install(*packages: str) -> str:
     """The command that installs packages for the Python that runs. (No index has this project's own package.)"""
     return shlex.join([sys.executable, "-m", "pip", "install", *packages])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.bench.report import Data, mark
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, reason
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def page_of(file: Path, page: Callable[[Data], str], program: str) -> str:
     try:
         return page(json.loads(file.read_text()))
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise EngineError(f"{file} is not a record of {program}", found=str(error)) from error
+        raise EngineError(f"{file} is not a record of {program}", found=reason(error)) from error
 
 
 def write(file: Path | None, text: str) -> None:

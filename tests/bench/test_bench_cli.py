@@ -233,6 +233,18 @@ def children(pid: int) -> list[int]:
         ("--libraries absent", "absent: no libraries of a build", 1),
         ("--records text.gguf --page page.md", "text.gguf: not a record of the bench", 1),
         ("--records text.gguf", "needs --page", 2),
+        ("--records absent.json --page page.md", "bench: found No such file or directory; name", 1),
+        (
+            "--draw absent.toml",
+            "expected a TOML file such as docs/bench.toml, found No such file or directory",
+            1,
+        ),
+        ("--draw .", "found Is a directory; name another file", 1),
+        (
+            "--workers 127.0.0.1:1",
+            "127.0.0.1:1: no connection: expected a worker that listens there, found",
+            1,
+        ),
         ("--demo --type Q4_0", "Q8_0 or BF16", 2),
         (f"{WORKERS} --json a.json", "found --json;", 2),
         (f"{WORKERS} --record=a.json", "found --record;", 2),
@@ -256,6 +268,7 @@ def test_errors_are_one_message_and_a_status(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kimi_gguf.bench.run.select", None)  # no build is made
     Path("text.gguf").write_text("hello")
     assert kimi_llama.main(["bench", *words.split()]) == status
     found = capsys.readouterr()
