@@ -83,6 +83,15 @@ def check_tokenizer(path: Path) -> None:
         )
 
 
+def may_begin_text(path: Path) -> bool:
+    """Whether the model may write a text without a prompt: it puts a token in front of each text, or its file does not
+    say. Files that this project cannot read may."""
+    try:
+        return key_of(path, "tokenizer.ggml.add_bos_token") is not False
+    except GgufError:
+        return True
+
+
 def _check_file(path: Path) -> None:
     check_path(path)
     if path.exists() and not path.is_dir() and not path.is_file():

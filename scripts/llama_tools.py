@@ -19,7 +19,7 @@ from kimi_gguf.engine.addresses import addresses
 from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.builds import Engine, select
 from kimi_gguf.engine.errors import EngineError, UsageError
-from kimi_gguf.engine.gguf_check import check_mtp, check_tokenizer, check_whole
+from kimi_gguf.engine.gguf_check import check_mtp, check_tokenizer, check_whole, may_begin_text
 from kimi_gguf.engine.interrupts import INTERRUPTED, NO_READER, exit_status
 from kimi_gguf.engine.quantize import check_arguments, quantize
 from kimi_gguf.engine.split_names import place_in_set
@@ -79,6 +79,13 @@ _PROMPT = {
     "-p", "--prompt", "-f", "--file", "-bf", "--binary-file",
     "-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first",
 }  # fmt: skip
+# With these `run` needs no prompt: a saved one, another value of the model's key, what only prints something and ends.
+_NO_PROMPT = {
+    "--prompt-cache", "--override-kv", "-h", "--help", "--usage", "--version", "--license", "--list-devices",
+    "-cl", "--cache-list", "--completion-bash",
+}  # fmt: skip
+_INPUT_IS_EMPTY = 255  # exit status of llama-completion without a prompt, and only then
+_PROMPTS = "-p TEXT or -f FILE (-f /dev/stdin reads standard input)"
 WORKERS = "--workers"  # kimi-llama's name for llama.cpp's option
 _REMOTE = {WORKERS, "--rpc"}
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
@@ -146,6 +153,9 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
         check_tokenizer(model)
     if name == "quantize":
         check_arguments(model, given)
+    without_prompt = name == "run" and not _options(given) & _PROMPT
+    if without_prompt and not _options(given) & _NO_PROMPT and not may_begin_text(model):
+        raise UsageError("no prompt was given", expected=_PROMPTS, todo=_give_prompt(model))
     engine = select(build, upstream)
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.for_gpus:
@@ -159,7 +169,7 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
     program, *arguments = tool_command(tool, model, given)
     command = [str(engine.bin / program), *arguments]
     sys.stdout.flush()
-    if name == "run" and not _options(given) & _PROMPT:
+    if without_prompt:
         return _run_without_prompt(command, model)
     # Python ignores SIGPIPE, and the program would too: it would go on after its reader has ended. Only programs with
     # connections want that.
@@ -172,9 +182,12 @@ def _run_without_prompt(command: list[str], model: Path) -> int:
     """Some models begin a text by themselves. If this one does not, llama.cpp says no more than "input is empty"."""
     status = exit_status(command)
     if status not in (0, INTERRUPTED, NO_READER):
-        todo = f"kimi-llama run {model} -p TEXT (or -f FILE); to chat: kimi-llama chat {model}"
-        print(f"kimi-llama: no prompt was given: {todo}", file=sys.stderr)
-    return status
+        print(f"kimi-llama: no prompt was given: expected {_PROMPTS}; {_give_prompt(model)}", file=sys.stderr)
+    return 2 if status == _INPUT_IS_EMPTY else status
+
+
+def _give_prompt(model: Path) -> str:
+    return f"write: kimi-llama run {model} -p TEXT; to chat: kimi-llama chat {model}"
 
 
 def _check_workers(given: Sequence[str]) -> None:

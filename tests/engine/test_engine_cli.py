@@ -7,6 +7,9 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ import tiny_llama
 from gguf import GGUFWriter
 from tiny_llama import call
 
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts import kimi_llama, llama_tools
 
 COMMANDS = ["bench", "build", "doctor", "path", "use", "run", "chat", "serve", "quantize", "export-patches"]
@@ -101,8 +105,61 @@ def test_a_failure_without_a_prompt_names_the_prompt(prompt: list[str], built: P
     model = str(built / "model.gguf")
     ended = call(built, "run", model, *prompt)
     assert ended.returncode == 7
-    said = f"kimi-llama: no prompt was given: kimi-llama run {model} -p TEXT (or -f FILE); to chat: kimi-llama chat"
-    assert ended.stderr.splitlines()[1:] == ([f"{said} {model}"] if prompt in ([], ["-n", "3"]) else [])
+    said = (
+        "kimi-llama: no prompt was given: expected -p TEXT or -f FILE (-f /dev/stdin reads standard input); "
+        f"write: kimi-llama run {model} -p TEXT; to chat: kimi-llama chat {model}"
+    )
+    assert ended.stderr.splitlines()[1:] == ([said] if prompt in ([], ["-n", "3"]) else [])
+
+
+def with_key(path: Path, begins: bool) -> str:
+    """Write a GGUF file that says whether the model begins a text by itself; return its name."""
+    writer = GGUFWriter(path, "kimi-linear")
+    writer.add_add_bos_token(begins)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return str(path)
+
+
+@pytest.mark.parametrize("words", [[], ["-n", "3"], ["-md", "DRAFT"]], ids=" ".join)
+def test_a_model_that_begins_no_text_needs_a_prompt(tmp_path: Path, words: list[str]) -> None:
+    """Said before a build is made."""
+    tiny_llama.make(tmp_path)
+    model = with_key(tmp_path / "model.gguf", begins=False)
+    ended = call(tmp_path, "run", model, *(model if word == "DRAFT" else word for word in words))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        "kimi-llama: error: no prompt was given: expected -p TEXT or -f FILE (-f /dev/stdin reads standard input); "
+        f"write: kimi-llama run {model} -p TEXT; to chat: kimi-llama chat {model}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("begins", "words"),
+    [
+        (True, []),
+        (False, ["-p", "x"]),
+        (False, ["-cnv"]),
+        (False, ["--help"]),
+        (False, ["--prompt-cache", "f"]),
+    ],
+)
+def test_what_needs_no_prompt_is_run(built: Path, begins: bool, words: list[str]) -> None:
+    model = with_key(built / f"begins-{begins}.gguf", begins)
+    assert call(built, "run", model, *words).returncode == 7
+    assert call(built, "serve", model).returncode != 2, "only run needs a prompt"
+
+
+@pytest.mark.engine
+def test_a_model_that_turns_out_to_need_a_prompt(engine: Engine, demo_gguf: Callable[[str], Path]) -> None:
+    """llama.cpp decides, as the key could have another value."""
+    words = ["run", demo_gguf("F32"), "-n", "1", "--override-kv", "a.key=int:1"]
+    command = [sys.executable, "-m", "kimi_gguf.scripts.kimi_llama", *map(str, words)]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert "input is empty" in ended.stderr
+    assert ended.returncode == 2
+    assert "no prompt was given: expected -p TEXT or -f FILE" in ended.stderr.splitlines()[-1]
 
 
 def test_a_gpus_build_that_lost_its_libraries_is_said_and_not_replaced_silently(tmp_path: Path) -> None:
