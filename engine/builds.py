@@ -242,7 +242,7 @@ def find(name: str | None = None, upstream: bool = False) -> Engine | None:
     choose = "name one of them: --build NAME, KIMI_BUILD=NAME or kimi-llama use NAME"
     raise EngineError(
         f"no build named {wanted}{origin}; finished builds of this version for this machine: {finished}",
-        todo=f"{make}, or {choose}" if present else make,
+        todo=f"make it: {make}, or {choose}" if present else f"make it: {make}",
     )
 
 
@@ -253,7 +253,9 @@ def select(name: str | None = None, upstream: bool = False, make: bool = True) -
         return engine
     wanted, origin = _wanted(name, upstream)
     if not make or wanted != DEFAULT:
-        raise EngineError(f"build {wanted}{origin}: it is not built yet", todo=_command(wanted, upstream))
+        raise EngineError(
+            f"build {wanted}{origin}: it is not built yet", todo=f"make it: {_command(wanted, upstream)}"
+        )
     with reporting() as reporter:
         kind = "upstream llama.cpp" if upstream else "the patched llama.cpp"
         reporter.note(f"{kind} is not built yet: building it now, once; this takes minutes")

@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path, PurePath
 from typing import Any
@@ -50,11 +50,12 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Check:
-    """One check: whether it passed, and what was found."""
+    """One check: whether it passed, and what was found. needed: whether something is wrong if it did not pass."""
 
     name: str
     passed: bool
     seen: str
+    needed: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,21 @@ class Diagnosis:
             f"{check.name} (build {health.engine.name} {health.engine.key[:SHORT_KEY]})"
             for health in self.engines
             for check in health.checks
-            if not check.passed
+            if not check.passed and check.needed
+        ]
+
+    @property
+    def unusable(self) -> list[Health]:
+        """The builds that do not work here, and need not: they run only if they are named."""
+        return [
+            each
+            for each in self.engines
+            if any(not check.passed and not check.needed for check in each.checks)
         ]
 
     @property
     def healthy(self) -> bool:
-        """A patched build exists, and every check of every build passes."""
+        """A patched build exists, and every needed check of every build passes."""
         return self.patched and not self.failed
 
     def as_json(self) -> str:
@@ -125,14 +135,23 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Check the machine and all builds of this pin and series, patched and upstream."""
     engines = [*builds(upstream=False), *builds(upstream=True)]
+    chosen = _checked("build that runs", lambda: select(make=False).label())
     return Diagnosis(
         machine=tuple(_machine()),
         pin={name: str(value) for name, value in vars(load_pin()).items()},
         patches=load_series().patches,
-        engines=tuple(Health(engine, tuple(examine(engine, engines))) for engine in engines),
-        chosen=_checked("build that runs", lambda: select(make=False).label()),
+        engines=tuple(_health(engine, engines, chosen) for engine in engines),
+        chosen=chosen,
         installed=_checked("files of the wheel", _unchanged_files) if _has_engine() else None,
     )
+
+
+def _health(engine: Engine, others: list[Engine], chosen: Check) -> Health:
+    """A build and its checks. A build for GPUs needs a GPU only if it is the one that runs."""
+    checks = examine(engine, others)
+    if engine.for_gpus and engine.label() != chosen.seen:
+        checks = [replace(check, needed=False) for check in checks]
+    return Health(engine, tuple(checks))
 
 
 def examine(engine: Engine, others: list[Engine]) -> list[Check]:
@@ -231,8 +250,8 @@ def _machine() -> list[Check]:
         _tool("C++ compiler", lambda: find_compilers("cpu")["C++"].version),
         _tool("cmake", lambda: packaged_tool("cmake")),
         _tool("ninja", lambda: packaged_tool("ninja")),
-        Check("ccache", True, shutil.which("ccache") or "not found (not needed)"),
-        Check("CUDA toolkit", True, _cuda_toolkit()),
+        _ccache(),
+        _cuda_toolkit(),
         Check("processors", True, str(cores())),
     ]
     installed = importlib.util.find_spec("llama_cpp")
@@ -247,7 +266,13 @@ def _tool(name: str, look: Callable[[], str]) -> Check:
     check = _checked(name, look)
     if check.passed or prebuilt() is None:
         return check
-    return Check(name, True, "not found (only kimi-llama build needs it)")
+    return Check(name, False, "not found (only kimi-llama build needs it)", needed=False)
+
+
+def _ccache() -> Check:
+    path = shutil.which("ccache")
+    seen = path or "not found (not needed; with it, later builds take less time)"
+    return Check("ccache", path is not None, seen, needed=False)
 
 
 def _site() -> Path:
@@ -401,18 +426,19 @@ def _source(name: str) -> str:
         return ""
 
 
-def _cuda_toolkit() -> str:
+def _cuda_toolkit() -> Check:
     """The toolkit that --backend cuda uses, and whether it is complete."""
+    name = "CUDA toolkit"
     try:
         nvcc = find_compilers("cuda")["CUDA"]
     except KimiError:
-        return "not found (only --backend cuda needs it)"
+        return Check(name, False, "not found (only --backend cuda needs it)", needed=False)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "whole.cu"
         source.write_text("#include <cublas_v2.h>\n")
         whole = _run([*nvcc.command, "-E", str(source)], dict(os.environ)).returncode == 0
-    seen = "with cuBLAS" if whole else "incomplete, without cuBLAS: --backend cuda needs the whole toolkit"
-    return f"{nvcc.path}: {nvcc.version}, {seen}"
+    seen = "with cuBLAS" if whole else "without cuBLAS: --backend cuda needs NVIDIA's whole toolkit"
+    return Check(name, whole, f"{nvcc.path}: {nvcc.version}, {seen}", needed=False)
 
 
 def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from kimi_gguf.engine.builds import cache_folder
+from kimi_gguf.engine.builds import SHORT_KEY, cache_folder
 from kimi_gguf.engine.doctor import Check, Diagnosis, Health
 from kimi_gguf.patches.series import FIXES, OPS
 
@@ -13,15 +13,15 @@ def as_text(diagnosis: Diagnosis) -> str:
     """The whole report: what failed, the builds, the one that runs first, and then from what they were made."""
     pin = diagnosis.pin
     kinds = Counter(patch.kind for patch in diagnosis.patches)
-    lines = [f"failed: {'; '.join(diagnosis.failed)}" if diagnosis.failed else "all checks pass"]
-    if not diagnosis.patched:
-        lines += ["the patched llama.cpp is not built for this pin, series and processor: kimi-llama build"]
-    lines += [
-        "",
-        "build that runs (--build, KIMI_BUILD or kimi-llama use names another)",
-        _line(diagnosis.chosen),
-        *([_line(diagnosis.installed)] if diagnosis.installed else []),
-    ]
+    lines = _summary(diagnosis)
+    if diagnosis.patched:
+        lines += [
+            "",
+            "build that runs (--build, KIMI_BUILD or kimi-llama use names another)",
+            _line(diagnosis.chosen),
+        ]
+    if diagnosis.installed:
+        lines += [*([] if diagnosis.patched else [""]), _line(diagnosis.installed)]
     for health in sorted(diagnosis.engines, key=lambda each: each.engine.label() != diagnosis.chosen.seen):
         lines += ["", *_engine(health)]
     lines += [
@@ -36,6 +36,22 @@ def as_text(diagnosis: Diagnosis) -> str:
         "uses them (kimi-llama doctor --json lists them)",
     ]
     return "\n".join(lines)
+
+
+def _summary(diagnosis: Diagnosis) -> list[str]:
+    """What failed, and what to do if nothing is built."""
+    failed = [each for each in diagnosis.failed if diagnosis.patched or each != diagnosis.chosen.name]
+    lines = [] if diagnosis.patched else [f"nothing to run: {diagnosis.chosen.seen}"]
+    lines += [f"failed: {'; '.join(failed)}"] if failed else []
+    lines = lines or ["all checks pass"]
+    for health in diagnosis.unusable:
+        engine = health.engine
+        seen = next(check.seen for check in health.checks if not check.passed)
+        lines += [
+            f"build {engine.name} {engine.key[:SHORT_KEY]}, which runs only if it is named, does not work here: {seen} "
+            f"(if you do not need it, remove {engine.prefix})"
+        ]
+    return lines
 
 
 def _engine(health: Health) -> list[str]:
@@ -57,4 +73,5 @@ def _engine(health: Health) -> list[str]:
 
 def _line(check: Check) -> str:
     seen = check.seen.replace("\n", "\n        ")
-    return f"  {'ok ' if check.passed else 'BAD'} {check.name}: {seen}"
+    mark = "ok " if check.passed else "BAD" if check.needed else "-  "
+    return f"  {mark} {check.name}: {seen}"

@@ -16,7 +16,7 @@ import tiny_llama
 from selection import some_of
 from tiny_llama import call
 
-from kimi_gguf.engine import toolchain
+from kimi_gguf.engine import doctor, toolchain
 from kimi_gguf.engine.build_spec import (
     BACKENDS,
     OPTIONS,
@@ -27,10 +27,11 @@ from kimi_gguf.engine.build_spec import (
     provenance,
 )
 from kimi_gguf.engine.builds import Engine, builds, cache_folder, cpu_library, find, load, use
-from kimi_gguf.engine.doctor import _python, list_devices
+from kimi_gguf.engine.doctor import Check, _python, list_devices
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import find_compilers
 from kimi_gguf.patches.series import PATCH_FOLDER
+from kimi_gguf.scripts import kimi_llama
 
 # name of a build, its key, and when it was built: the default build is the oldest, and a CPU build
 BUILDS = {
@@ -308,6 +309,57 @@ def test_doctor_shows_first_what_failed_and_the_build_that_runs(folder: Path) ->
     assert "patches" not in "".join(rest[: rest.index("machine")]) and ".patch" not in ended.stdout
     listed = json.loads(call(folder, "doctor", "--json").stdout)["patches"]
     assert len(listed) == fixes + ops and all(each["name"] and each["subject"] for each in listed)
+
+
+@pytest.mark.parametrize("chosen", ["cpu", "cuda"])
+def test_a_gpu_is_needed_if_the_build_that_runs_is_for_gpus(
+    chosen: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A CUDA build may be left from a time when the machine had a GPU."""
+    engines = {name: load(folder / "cache/engines" / BUILDS[name][0]) for name in ("cpu", "cuda")}
+    monkeypatch.setattr(doctor, "builds", lambda upstream: [] if upstream else [*engines.values()])
+    monkeypatch.setattr(doctor, "select", lambda make: engines[chosen])
+    monkeypatch.setattr(
+        doctor, "examine", lambda engine, _: [Check("devices", not engine.for_gpus, "what it says")]
+    )
+    status = kimi_llama.main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == (1 if chosen == "cuda" else 0)
+    if chosen == "cuda":
+        assert lines[:2] == ["failed: devices (build cuda 33333333)", ""]
+        assert "  BAD devices: what it says" in lines
+    else:
+        assert lines[0] == "all checks pass"
+        assert lines[1] == (
+            "build cuda 33333333, which runs only if it is named, does not work here: what it says "
+            f"(if you do not need it, remove {folder / 'cache/engines' / BUILDS['cuda'][0]})"
+        )
+        assert "  -   devices: what it says" in lines
+
+
+@pytest.mark.parametrize(
+    ("script", "mark", "said"),
+    [
+        ("exit 0", "ok ", "release 13, with cuBLAS"),
+        (
+            '[ "$1" = --version ]',
+            "-  ",
+            "release 13, without cuBLAS: --backend cuda needs NVIDIA's whole toolkit",
+        ),
+        (None, "-  ", "not found (only --backend cuda needs it)"),
+    ],
+)
+def test_doctor_marks_a_toolkit_that_is_incomplete(
+    script: str | None, mark: str, said: str, folder: Path
+) -> None:
+    nvcc = folder / "nvcc"
+    if script:
+        nvcc.write_text(f"#!/bin/sh\n[ $1 != --version ] || echo release 13\n{script}\n")
+        nvcc.chmod(0o755)
+    (line,) = (
+        each for each in call(folder, "doctor", CUDACXX=str(nvcc)).stdout.splitlines() if "CUDA" in each
+    )
+    assert line == f"  {mark} CUDA toolkit: {f'{nvcc}: ' if script else ''}{said}"
 
 
 # What doctor needs of llama_cpp. A wheel's backends are files of their own, and none is loaded at first.

@@ -460,3 +460,17 @@ def test_doctor_without_a_build_is_not_well(tmp_path: Path) -> None:
     report = json.loads(told.stdout)
     assert report["healthy"] is False
     assert report["engines"] == []
+
+
+def test_doctor_says_once_that_nothing_is_built(tmp_path: Path) -> None:
+    tiny_llama.make(tmp_path)
+    for variables, said in (
+        ({}, "build cpu: it is not built yet; make it: kimi-llama build"),
+        (
+            {"KIMI_BUILD": "cuda"},
+            "build cuda (named by KIMI_BUILD): it is not built yet; make it: kimi-llama build --backend cuda",
+        ),
+    ):
+        lines = call(tmp_path, "doctor", **variables).stdout.splitlines()
+        assert lines[:3] == [f"nothing to run: {said}", "", "machine"]
+        assert not any("built" in line or "kimi-llama build" in line for line in lines[1:])
