@@ -72,6 +72,21 @@ def test_broken_links_anchors_and_pages_are_found(tmp_path: Path) -> None:
         assert wrong in ended.stderr, wrong
 
 
+def test_the_claim_about_all_cells_is_the_verdict_of_its_page() -> None:
+    """The page's is written by the bench, from the records."""
+    part = (ROOT / "docs/bench.md").read_text().partition("\n## All cells\n\n")[2]
+    pattern = r"(\d+) cells; .* in \d+, in (\d+) by more than the spread; it is slower by .* in none\."
+    found = re.fullmatch(pattern, part.partition("\n")[0])
+    assert found, "the claim says that no cell is slower"
+    cells, faster = map(int, found.groups())
+    claims = " ".join((ROOT / "docs/claims.md").read_text().split())
+    assert cells - faster == 2, "the claim says: the other two"
+    assert (
+        f"In {faster} of the {cells} cells of [the benchmark](bench.md#all-cells), patched is faster than upstream "
+        "by more than the spread; in the other two they are equal within the spread."
+    ) in claims
+
+
 def test_the_first_figures_of_the_readme_are_those_of_its_claims() -> None:
     """The short table repeats figures; each is also in docs/claims.md, with the same link."""
     short = (ROOT / "README.md").read_text().partition("\n## Measured\n")[2].partition("\n## ")[0]
