@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from kimi_gguf.bench.cells import Cell
 from kimi_gguf.bench.models import ModelFile
 from kimi_gguf.bench.programs import ask, ggml_flags, program
+from kimi_gguf.engine.tensor_names import layer_of
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES
 
 F32_BYTES = 4
@@ -26,7 +26,6 @@ CHUNKED_FROM = 32  # tokens
 TIMES = 3  # measurements of the peak rates; the best counts
 SECONDS = 0.1  # of an interval, the best of three counts
 DEVICE_SECONDS = 0.3  # of repeating one operation
-LAYER = re.compile(r"blk\.(\d+)\.")  # the start of a tensor's name
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
         return int(max(value) if isinstance(value, list) else value)
 
     end = number("block_count") - number("nextn_predict_layers") if "block_count" in keys else math.inf
-    tensors = [each for each in model.tensors if not ((at := LAYER.match(each.name)) and int(at[1]) >= end)]
+    tensors = [each for each in model.tensors if layer_of(each.name) < end]
     experts, used = number("expert_count"), number("expert_used_count")
     met = experts * (1 - (1 - used / experts) ** tokens) if experts else 0.0
     weight_bytes, macs = 0.0, dict[str, float]()

@@ -6,7 +6,6 @@ Input: a path. Output: `Summary`, and its text. Reads headers only.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from kimi_gguf.convert.source.origin import model_name
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.gguf import GgufModel
 from kimi_gguf.engine.path_check import check_path
+from kimi_gguf.engine.tensor_names import LAYERS, layer_of
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def inspect_model(path: Path | str, context: int) -> Summary:
     by_type: dict[str, tuple[int, int]] = {}
     count = len(model.mixers)
     for tensor, dtype, nbytes in model.tensors:
-        index = _layer_of(tensor, count)
-        if index is None:
+        index = layer_of(tensor)
+        if index >= count or (index < 0 and tensor.startswith(LAYERS)):
             raise ConvertError(f"{path}: {tensor!r:.80}: expected a layer from 0 to {count - 1}")
         sizes[index] += nbytes
         by_layer.setdefault(index, Counter())[dtype] += 1
@@ -115,14 +115,6 @@ def inspect_model(path: Path | str, context: int) -> Summary:
         latent_cache_f16=model.mixers.count("MLA") * model.latent * context * 2,
         recurrent_state_f32=model.mixers.count("KDA") * state * 4,
     )
-
-
-def _layer_of(tensor: str, count: int) -> int | None:
-    """The layer of a tensor, -1 if it is of none, None if it is not one of `count` layers."""
-    if not tensor.startswith("blk."):
-        return -1
-    found = re.match(r"blk\.(\d{1,9})\.", tensor, re.ASCII)
-    return int(found[1]) if found and int(found[1]) < count else None
 
 
 def _gguf(path: Path) -> _Model:

@@ -28,6 +28,7 @@ from kimi_gguf.convert.types.imatrix import Importances
 from kimi_gguf.convert.types.mixes import TypeRequest, choose_types, needs_importances
 from kimi_gguf.engine.gguf import GgufTensor
 from kimi_gguf.engine.split_names import place_in_set, split_paths
+from kimi_gguf.engine.tensor_names import layer_of, without_layer
 from kimi_gguf.engine.tensor_types import BF16, F16, F32, TENSOR_TYPES, TensorType, Values
 
 EMBEDDING: Final = "token_embd.weight"  # not in importance matrices: no matmul reads it
@@ -81,8 +82,7 @@ def type_counts(tensors: Iterable[PlannedTensor | GgufTensor]) -> str:
 
 def in_file_order(output: Output) -> tuple[int, str]:
     """llama.cpp's order of tensors, which llama-quantize writes: the top level, then layer by layer, by name."""
-    layer = int(output.name.split(".")[1]) if output.name.startswith("blk.") else -1
-    return layer, output.name
+    return layer_of(output.name), output.name
 
 
 def make_plan(
@@ -176,7 +176,7 @@ def _blind_spots(tensors: list[PlannedTensor], importances: Importances | None) 
     if importances is None:
         return
     blind = [t.name for t in tensors if t.type.quantized and t.name not in importances.weights]
-    kinds = sorted({name.split(".", 2)[-1] if name.startswith("blk.") else name for name in blind})
+    kinds = sorted(set(map(without_layer, blind)))
     if blind:
         yield (
             f"{importances.path.name} has no entries for {len(blind)} tensors; they are quantized without "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 from kimi_gguf.engine.gguf import GgufModel
 from kimi_gguf.engine.progress import Reporter, reporting
+from kimi_gguf.engine.tensor_names import without_layer
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.scripts.record_page import add_outputs, machine_text, page_of, with_note, write
 from kimi_gguf.scripts.synthetic_checkpoint import num_bytes, smaller_config, tensors, write_synthetic
@@ -109,7 +109,7 @@ def different_tensors(one: Path, other: Path) -> list[str]:
         both = first.tensors.keys() & second.tensors.keys()
         different = first.tensors.keys() ^ second.tensors.keys()
         different |= {name for name in both if not same(first, second, name)}
-    return sorted({re.sub(r"^blk\.\d+\.", "", name) for name in different})
+    return sorted(set(map(without_layer, different)))
 
 
 def same(one: GgufModel, other: GgufModel, name: str) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from gguf import GGUFWriter
 
 from kimi_gguf.engine.gguf import GgufError, GgufFile, key_of
+from kimi_gguf.engine.tensor_names import layer_of, without_layer
 
 VALUES = np.arange(1000, dtype=np.float32)
 
@@ -23,6 +24,22 @@ def path(tmp_path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return tmp_path / "model.gguf"
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "rest"),
+    [
+        ("blk.12.ssm_a", 12, "ssm_a"),
+        ("blk.0.attn_norm.weight", 0, "attn_norm.weight"),
+        ("output.weight", -1, "output.weight"),
+        ("a.blk.3.b", -1, "a.blk.3.b"),
+        ("blk.-1.a", -1, "blk.-1.a"),
+        ("blk.3", -1, "blk.3"),
+        ("blk.٣.a", -1, "blk.٣.a"),
+    ],
+)
+def test_the_layer_in_a_name(name: str, layer: int, rest: str) -> None:
+    assert (layer_of(name), without_layer(name)) == (layer, rest)
 
 
 def test_a_key_is_read_without_what_follows_it(path: Path) -> None:
