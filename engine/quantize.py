@@ -6,8 +6,6 @@ hidden folder next to the output, from which the finished files are moved; its m
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from kimi_gguf.engine.errors import EngineError, UsageError
+from kimi_gguf.engine.folder_lock import folder_lock
 from kimi_gguf.engine.interrupts import exit_status, shell_status
 from kimi_gguf.engine.path_check import check_path
 from kimi_gguf.engine.split_names import place_in_set, split_paths
@@ -103,21 +102,14 @@ def _own_folder(output: Path) -> Iterator[str]:
     prefix = f".{output.name:.50}.unfinished-"
     for path in output.parent.iterdir():
         if path.name.startswith(prefix) and path.is_dir() and not path.is_symlink():
-            with suppress(BlockingIOError, FileNotFoundError), _locked(path):
-                shutil.rmtree(path, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix) as folder, _locked(Path(folder)):
+            with suppress(FileNotFoundError), folder_lock(path, wait=False) as locked:
+                if locked:
+                    shutil.rmtree(path, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix) as folder,
+        folder_lock(Path(folder), wait=False),
+    ):
         yield folder
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Raises `BlockingIOError` if another process has locked the folder."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(opened)
 
 
 def _take_names(files: Sequence[Path], folder: Path) -> None:

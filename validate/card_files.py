@@ -17,12 +17,13 @@ from kimi_gguf.convert.output.card_folder import (
     made_of,
     models_in,
 )
-from kimi_gguf.convert.output.journal import one_at_a_time, stamp
+from kimi_gguf.convert.output.journal import stamp
 from kimi_gguf.convert.output.model_card import REPORTS, file_row, made_in, stem_of
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import CARD, LICENCE, licence_keys
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.file_kind import kind_of
+from kimi_gguf.engine.folder_lock import folder_lock
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.validate import provenance
@@ -183,7 +184,7 @@ def _kept(place: Path) -> Stored | None:
         report = read_report(path)
         if not has_pages(path, report.sha256, report.created):
             return None
-        with one_at_a_time(place):
+        with folder_lock(place, wait=True):
             remove_scratch(place)
     except (ValidateError, OSError):
         return None

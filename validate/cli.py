@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kimi_gguf.convert.output.journal import one_at_a_time
 from kimi_gguf.convert.output.model_card import licence_note
 from kimi_gguf.convert.plan import model_notes
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
@@ -29,6 +28,7 @@ from kimi_gguf.engine.build_spec import CPU_BACKENDS
 from kimi_gguf.engine.builds import Engine, ensure, options_of, select
 from kimi_gguf.engine.errors import install
 from kimi_gguf.engine.file_kind import kind_of
+from kimi_gguf.engine.folder_lock import folder_lock
 from kimi_gguf.engine.interrupts import INTERRUPTED, interrupt_ends_process
 from kimi_gguf.engine.path_check import check_paths
 from kimi_gguf.engine.progress import reporting
@@ -376,7 +376,7 @@ def _card(words: Sequence[str]) -> int:
         with open_checkpoint(options.checkpoint) as checkpoint:
             notes = list(model_notes(checkpoint.config))
         # not while convert-kimi --model-card writes its file and the card
-        with one_at_a_time(options.folder):
+        with folder_lock(options.folder, wait=True):
             check_unchanged(options.folder, found)
             check_card_place(options.folder, paths, options.force, options.checkpoint)
             card = write_card(files, options.folder, notes)

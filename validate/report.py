@@ -20,9 +20,9 @@ import jinja2
 import numpy as np
 
 from kimi_gguf.convert.output.card_folder import PAGES, REPORT
-from kimi_gguf.convert.output.journal import one_at_a_time
 from kimi_gguf.convert.output.model_card import plain
 from kimi_gguf.engine.file_kind import kind_of
+from kimi_gguf.engine.folder_lock import folder_lock
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.gates import DIVERGED, LIMITS, GateResult
 from kimi_gguf.validate.llama import RunOptions
@@ -145,7 +145,7 @@ def write(report: Report, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = dict(zip(FILES, (to_markdown(report), to_html(report), to_json(report)), strict=True))
-    with one_at_a_time(folder):
+    with folder_lock(folder, wait=True):
         remove_scratch(folder)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
             for name, text in files.items():

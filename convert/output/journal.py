@@ -10,8 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,19 +48,6 @@ def locked(folder: Path, path: Path) -> int:
             if os.path.samestat((folder / JOURNAL).stat(), os.fstat(fd)):
                 return fd
         os.close(fd)  # another process finished or removed it in between: try again
-
-
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in this block for the folder `folder`; does not wait on a file system without
-    locks. The model card of a folder is written in this block. Raises `OSError` for a folder that cannot be opened."""
-    handle = os.open(folder, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def append(folder: Path, entry: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
-from kimi_gguf.convert.output import journal
 from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.output.gguf_header import aligned
 from kimi_gguf.convert.output.unfinished import Identity, Layout, Unfinished, unfinished
@@ -25,6 +24,7 @@ from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.engine.file_hash import CHUNK, Digest
 from kimi_gguf.engine.file_kind import kind_of
+from kimi_gguf.engine.folder_lock import folder_lock
 from kimi_gguf.engine.tensor_types import Bytes
 
 Chunks = Iterator[tuple[PlannedTensor, Bytes]]
@@ -71,7 +71,7 @@ def write(
             first += len(file.tensors)
         check(None)
         if small_files:
-            after.enter_context(journal.one_at_a_time(path.parent))
+            after.enter_context(folder_lock(path.parent, wait=True))
             for name, content in small_files([each.hexdigest() for each in hashes]):
                 work.add(name, content)
 

@@ -29,7 +29,7 @@ from test_convert_like_quantize import write_imatrix
 from kimi_gguf.convert.conversion import Options, plan_only
 from kimi_gguf.convert.conversion import convert as convert_in_python
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.output import card_folder, journal
+from kimi_gguf.convert.output import card_folder
 from kimi_gguf.convert.output.card_folder import Hashed, figures_of, may_be_of, others_of
 from kimi_gguf.convert.output.model_card import Listed, Made, card_text, made_in, plain, table, yaml_text
 from kimi_gguf.convert.output.writer import ProgressCallback
@@ -37,6 +37,7 @@ from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.source.origin import licence_keys
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.file_hash import FileHashes
+from kimi_gguf.engine.folder_lock import folder_lock
 from kimi_gguf.engine.progress import Silent
 
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=70)
@@ -284,7 +285,7 @@ def test_cards_of_a_folder_are_written_one_at_a_time(source: Path, out: Path, tm
     assert convert(source, "-o", tmp_path / "b.gguf", "--type", "F16").status == 0
     nbytes = plan_only(source, TYPES["BF16"]).nbytes
     growing = out / ".a.gguf.unfinished" / "a.gguf"
-    with journal.one_at_a_time(out):
+    with folder_lock(out, wait=True):
         process = start_convert(source, "-o", out / "a.gguf", "--model-card")
         while process.poll() is None and not (growing.exists() and growing.stat().st_size == nbytes):
             time.sleep(0.01)

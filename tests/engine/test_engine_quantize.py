@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -153,6 +154,19 @@ def test_a_run_that_writes_the_same_output_keeps_its_folder(model: Path, tmp_pat
         assert quantize(program(tmp_path, WRITES), model, [str(out), "Q8_0"]) == 0
         assert Path(other).is_dir()
     assert names(tmp_path) == {"in.gguf", "out.gguf"}
+
+
+def test_a_file_system_without_locks(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is written. What may be of another run that goes on is kept."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    left = tmp_path / ".out.gguf.unfinished-x"
+    left.mkdir()
+    assert quantize(program(tmp_path, WRITES), model, [str(tmp_path / "out.gguf"), "Q8_0"]) == 0
+    assert names(tmp_path) == {"in.gguf", "out.gguf", left.name}
 
 
 def test_the_longest_name_of_a_file_can_be_an_output(model: Path, tmp_path: Path) -> None:
