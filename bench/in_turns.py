@@ -62,12 +62,15 @@ def measure_in_turns(
     """
     turns = Turns(runners, cells, settings, in_memory)
     processes = list(dict.fromkeys(variant.process for variant in chosen))
-    for turn, process in enumerate([*processes, *reversed(processes)] * settings.rounds):
+    order = [*processes, *reversed(processes)] * settings.rounds
+    for turn, process in enumerate(order):
         for cell in cells:
             mine = [each for each in variants(cell, chosen) if each.process == process]
             for variant in mine:
                 if time.monotonic() < settings.until:
-                    runners.reporter.phase(f"turn {turn + 1}: {variant.name}: {describe(vars(cell))}")
+                    runners.reporter.phase(
+                        f"turn {turn + 1} of {len(order)}: {variant.name}: {describe(vars(cell))}"
+                    )
                     turns.measure(cell, variant)
         if (running := runners.running(process)) is not None:
             memory = resident_memory(running.pid)

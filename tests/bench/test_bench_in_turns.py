@@ -127,18 +127,21 @@ def test_a_cell_counts_only_with_all_variants() -> None:
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
-def test_all_turns_are_repeated(rounds: int) -> None:
+def test_all_turns_are_repeated(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cell, decoder, order = Cell("f16", 1, 0, 2, 1), Decoder(0.05, 0.05), list[str]()
 
     def context(variant: Variant, *_: object) -> tuple[Decoder, str]:
         order.append(variant.name)
         return decoder, "context"
 
+    said = list[str]()
+    reporter = Silent()
+    monkeypatch.setattr(reporter, "phase", said.append)
     runners = SimpleNamespace(
         context=context,
         go_to=lambda *_: Path("state"),
         about=Loaded(),
-        reporter=Silent(),
+        reporter=reporter,
         running=lambda _: None,
     )
     settings = Settings(cell_seconds=0.02, rounds=rounds)
@@ -154,6 +157,9 @@ def test_all_turns_are_repeated(rounds: int) -> None:
     names = [variant.name for variant in chosen]
     turns = [*names, *reversed(names)] * rounds
     assert order == [each for name in turns for each in (name, "after")]
+    assert said == [
+        f"turn {i} of {6 * rounds}: {name}: tg at 0, 2 threads" for i, name in enumerate(turns, 1)
+    ]
     assert {name: len(samples) for name, samples in result.samples.items()} == dict.fromkeys(
         names, 2 * rounds
     )
