@@ -147,7 +147,7 @@ def diagnose() -> Diagnosis:
 
 
 def _health(engine: Engine, others: list[Engine], chosen: Check) -> Health:
-    """A build and its checks. A build for GPUs needs a GPU only if it is the one that runs."""
+    """A build and its checks. A build for GPUs must work only if it is the one that runs."""
     checks = examine(engine, others)
     if engine.for_gpus and engine.label() != chosen.seen:
         checks = [replace(check, needed=False) for check in checks]
