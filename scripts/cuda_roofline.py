@@ -345,7 +345,7 @@ takes less, because `prepare` of a run of chunks runs at the same time as `state
 The model takes the whole kernel `steps` as its loop, so it overestimates a further step (H200: 1.75 µs, measured
 0.93). The last column is therefore scaled from the H200's number, which is computed from the measured times of 1,
 16 and 64 tokens, by the model's time of a chunk / time of a step. The kernels use chunks from 32 tokens on where a
-block can have 160 KiB of shared memory, and from 48 elsewhere.
+block can have 160 KiB of shared memory, and from 40 elsewhere.
 
 {switch}
 ## Latent attention, absorbed: {heads} heads

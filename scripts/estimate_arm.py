@@ -169,6 +169,10 @@ rows by 256 values, with factors, minima and scales. Work that serves many tiles
 once for all columns of a task (up to 128); with i8mm, two columns are paired once for 32 rows. Upstream's figures are
 of its loops, which unpack the weights again for every four columns.
 
+These are figures of single matrices. Upstream multiplies interleaved experts by one column at a time, at the rate of
+decoding (below). So experts are never interleaved, unless `--repack` asks for it. Other matrices of Q4_0 and Q8_0 are
+interleaved without i8mm, IQ4_NL and MXFP4 also with it. Upstream's kernels multiply those.
+
 {prompts}
 A share of 100 % is not possible, as sums are multiplied with factors and scales. With i8mm, a tile has 256 `smmla` for
 weights and other vector instructions: at least 88 for IQ4_XS and 208 for Q2_K. They limit the share to 57 % (Q4_0,

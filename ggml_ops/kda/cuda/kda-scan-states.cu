@@ -354,17 +354,19 @@ static void launch_blocks(const scan_args & args, const chunk_run & run, cudaStr
 template <int D>
 static void
 launch_states(const scan_args & args, const chunk_run & run, const device_limits & device, cudaStream_t stream) {
-    constexpr int SPLIT            = D % 64 == 0 ? 2 : 1;
-    const bool    a_scheduler_each = 2 * (int64_t) D / DEPTH * args.n_heads * args.n_seqs <= SCHEDULERS * device.n_sms;
-    const bool    scarce           = device.block_shared < ROOMY;
+    const bool scarce = device.block_shared < ROOMY;
     if (4 * (int64_t) args.n_heads * args.n_seqs >= 3 * device.n_sms) {
         launch_blocks<D, D / DEPTH, DEEP_RING>(args, run, stream);
-    } else if (SPLIT == 2 && a_scheduler_each) {
-        scarce ? launch_blocks<D, 4, SHORT_RING, SPLIT>(args, run, stream)
-               : launch_blocks<D, 4, DEEP_RING, SPLIT>(args, run, stream);
-    } else {
-        scarce ? launch_blocks<D, 2, SHORT_RING>(args, run, stream) : launch_blocks<D, 2, DEEP_RING>(args, run, stream);
+        return;
     }
+    if constexpr (D % 64 == 0) {
+        if (2 * (int64_t) D / DEPTH * args.n_heads * args.n_seqs <= SCHEDULERS * device.n_sms) {
+            scarce ? launch_blocks<D, 4, SHORT_RING, 2>(args, run, stream)
+                   : launch_blocks<D, 4, DEEP_RING, 2>(args, run, stream);
+            return;
+        }
+    }
+    scarce ? launch_blocks<D, 2, SHORT_RING>(args, run, stream) : launch_blocks<D, 2, DEEP_RING>(args, run, stream);
 }
 
 void carry_states(const scan_args & args, const chunk_run & run, const device_limits & device, cudaStream_t stream) {

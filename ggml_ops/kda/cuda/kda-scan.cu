@@ -9,9 +9,9 @@ namespace kda_cuda {
 
 // On an H200, 32 heads of 128 take 5 us for one token step by step and 1 us for each further one; in chunks, 32 to 64
 // tokens take 33 us. By docs/gpu-roofline.md, chunks are faster from 31 to 34 tokens on where a block can have 160 KiB of
-// shared memory, and from 37 to 56 elsewhere.
+// shared memory, and from 32 to 54 elsewhere.
 constexpr int CHUNKS_FROM       = 32;
-constexpr int CHUNKS_FROM_SMALL = 48;
+constexpr int CHUNKS_FROM_SMALL = 40;
 
 // A long sequence is processed in runs of chunks, and `prepare` computes the next run while `states` processes this one.
 // A run should fill the blocks of `prepare` that fit the device at once, a whole number of times. It is no longer than

@@ -338,8 +338,8 @@ static void test_chunks() {
 static void test_whole() {
     int64_t i = 0;
     for (const int64_t D : { 32, 64, 96, 128, 256 }) {
-        // chunks from 48 tokens before the last three on, or from 32 with much shared memory
-        for (const int64_t T : { 50, 51, 66, 131 }) {
+        // chunks from 40 tokens before the last three on, or from 32 with much shared memory
+        for (const int64_t T : { 42, 43, 66, 131 }) {
             test_scan("scan", whole(90), { D, 1, T, 1 + i % 2, 4 }, "ordinary", -INFINITY, i % 3 == 0, vary(i));
             ++i;
         }
