@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -66,7 +67,7 @@ token, and upstream's attention runs.
 
     .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md
 
-{version}; {options}.
+{version}; {options}. Of the sources {digest} (without comments).
 
 {table}
 """
@@ -112,6 +113,20 @@ def find_nvcc() -> Path:
 def cuda_sources() -> list[Path]:
     """All .cu files of our operators."""
     return sorted(OPERATORS.glob("**/*.cu"))
+
+
+def sources_text() -> str:
+    """Our CUDA sources, without comments and blank lines."""
+    files = [*cuda_sources(), *OPERATORS.glob("*/cuda/*.cuh")]
+    code = (
+        line.partition("//")[0].split() for file in sorted(files) for line in file.read_text().splitlines()
+    )
+    return "\n".join(" ".join(words) for words in code if words)
+
+
+def sources_digest() -> str:
+    """Identifies what the page is made from."""
+    return hashlib.sha256(sources_text().encode()).hexdigest()[:16]
 
 
 def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = ()) -> list[KernelUse]:
@@ -208,7 +223,9 @@ def _cell(use: KernelUse) -> str:
 
 def page(kernels: Sequence[KernelUse], version: str) -> str:
     """The page with the table and the command that made it."""
-    return PAGE.format(version=version, options=" ".join(OPTIONS), table="\n".join(table(kernels)))
+    return PAGE.format(
+        version=version, options=" ".join(OPTIONS), digest=sources_digest(), table="\n".join(table(kernels))
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

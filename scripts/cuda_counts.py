@@ -22,7 +22,7 @@ from typing import Any
 
 from kimi_gguf.engine.errors import EngineError, install
 from kimi_gguf.scripts import cuda_sass
-from kimi_gguf.scripts.cuda_check import OPERATORS, compile_cubin, cuda_sources, find_nvcc
+from kimi_gguf.scripts.cuda_check import OPERATORS, compile_cubin, find_nvcc, sources_text
 from kimi_gguf.scripts.cuda_sass import Code, Loop, Phase
 from kimi_gguf.scripts.gpu_devices import L2_LATENCY
 
@@ -251,15 +251,7 @@ def compiler() -> str:
 
 def sources_digest() -> str:
     """Identifies what the counts are made from: our CUDA sources without comments and blank lines, and the rules."""
-    files = [*cuda_sources(), *sorted(OPERATORS.glob("*/cuda/*.cuh"))]
-    text = "\n".join(line for file in sorted(files) for line in _code(file.read_text()))
-    return hashlib.sha256((text + repr(KERNELS) + repr(CONSTANTS)).encode()).hexdigest()[:16]
-
-
-def _code(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        if stripped := " ".join(line.partition("//")[0].split()):
-            yield stripped
+    return hashlib.sha256((sources_text() + repr(KERNELS) + repr(CONSTANTS)).encode()).hexdigest()[:16]
 
 
 def count(architectures: tuple[int, ...], only: str = "") -> Data:

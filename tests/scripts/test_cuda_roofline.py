@@ -14,7 +14,7 @@ from bench_case import record
 
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.patches.errors import KimiError
-from kimi_gguf.scripts import cuda_counts
+from kimi_gguf.scripts import cuda_check, cuda_counts
 from kimi_gguf.scripts.cuda_counts import KERNELS, Kernel
 from kimi_gguf.scripts.cuda_roofline import (
     CHANGED,
@@ -68,6 +68,12 @@ def counts(**phase: Any) -> dict[str, Any]:
     """Counts of one kernel with one phase."""
     use = {"registers": 64, "shared": 0, "main": [{"cycles": 0, "issued": 0, "mma": {}} | phase], "rest": []}
     return {"constants": {}, "kernels": {"k": {str(gpu.architecture): use for gpu in GPUS}}}
+
+
+def test_the_page_of_registers_is_of_these_sources() -> None:
+    page_of_registers = (PAGE.parent / "cuda-registers.md").read_text()
+    again = "run: .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md"
+    assert f"Of the sources {cuda_check.sources_digest()} " in page_of_registers, again
 
 
 def test_the_page_is_of_the_stored_counts() -> None:
