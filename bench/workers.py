@@ -32,7 +32,7 @@ def check_reachable(addresses: Sequence[str]) -> None:
         host, _, port = address.rpartition(":")
         try:
             socket.create_connection((host, int(port)), PATIENCE).close()
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             raise EngineError(
                 f"{address}: no connection",
                 expected="a worker that listens there",

@@ -238,11 +238,12 @@ def find(name: str | None = None, upstream: bool = False) -> Engine | None:
     if wanted in BACKENDS and not any(not origin or e.backends[0] == wanted for e in present):
         return None
     finished = ", ".join(e.short_label() for e in present) or "none"
-    make = _command(wanted if wanted.split("+")[0] in BACKENDS else DEFAULT, upstream)
+    known = wanted.split("+")[0] in BACKENDS
+    make = ("make it: " if known else "make the default: ") + _command(wanted if known else DEFAULT, upstream)
     choose = "name one of them: --build NAME, KIMI_BUILD=NAME or kimi-llama use NAME"
     raise EngineError(
         f"no build named {wanted}{origin}; finished builds of this version for this machine: {finished}",
-        todo=f"make it: {make}, or {choose}" if present else f"make it: {make}",
+        todo=f"{make}, or {choose}" if present else make,
     )
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 @contextmanager
 def folder_lock(folder: Path, wait: bool) -> Iterator[bool]:
-    """Lock a folder. The value says whether it is locked: not on a file system without locks, and without `wait` not if
-    another process has the lock. Raises `OSError` for a folder that cannot be opened."""
+    """Lock a folder. Yields whether it is locked: False if the file system has no locks or, without `wait`, if another
+    process has the lock. Raises `OSError` for a folder that cannot be opened."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

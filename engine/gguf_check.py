@@ -84,9 +84,11 @@ def check_tokenizer(path: Path) -> None:
 
 
 def may_begin_text(path: Path) -> bool:
-    """Whether the model may write a text without a prompt: it puts a token in front of each text, or its file does not
-    say. Files that this project cannot read may."""
+    """Whether the model can write a text without a prompt: its file says that a BOS token is added, or does not say
+    whether, or cannot be read by this project."""
     try:
+        if key_of(path, "tokenizer.ggml.pre") == "gemma4":  # llama.cpp adds one anyway
+            return True
         return key_of(path, "tokenizer.ggml.add_bos_token") is not False
     except GgufError:
         return True

@@ -6,6 +6,7 @@ hidden folder next to the output, from which the finished files are moved; its m
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -83,15 +84,24 @@ def check_arguments(model: Path, given: Sequence[str]) -> tuple[list[str], list[
 def _run(command: Sequence[str], hidden: str, shown: str) -> int:
     """The exit status of a command, as `exit_status`. Its messages on standard error have `shown` instead of
     `hidden`."""
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="backslashreplace"
-    ) as process:
+    if sys.stderr is None:  # closed
+        return exit_status(command)
+    name, other, held = os.fsencode(hidden), os.fsencode(shown), b""
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
         try:
-            for line in process.stderr or ():
-                sys.stderr.write(line.replace(hidden, shown))
+            while said := os.read(process.stderr.fileno(), 1 << 16):
+                said = (held + said).replace(name, other)
+                # what may be the beginning of the name waits for the rest; lines are not awaited: they are progress
+                begun = next((n for n in range(len(name) - 1, 0, -1) if said.endswith(name[:n])), 0)
+                said, held = said[: len(said) - begun], said[len(said) - begun :]
+                sys.stderr.buffer.write(said)
                 sys.stderr.flush()
+            sys.stderr.buffer.write(held)
+            sys.stderr.flush()
         except BaseException:
             process.kill()
+            process.wait()
             raise
     return shell_status(process.returncode)
 
@@ -102,7 +112,7 @@ def _own_folder(output: Path) -> Iterator[str]:
     prefix = f".{output.name:.50}.unfinished-"
     for path in output.parent.iterdir():
         if path.name.startswith(prefix) and path.is_dir() and not path.is_symlink():
-            with suppress(FileNotFoundError), folder_lock(path, wait=False) as locked:
+            with suppress(OSError), folder_lock(path, wait=False) as locked:
                 if locked:
                     shutil.rmtree(path, ignore_errors=True)
     with (
@@ -145,7 +155,9 @@ def _check_options(model: Path, options: Sequence[str]) -> None:
     for word in (*options, "--"):
         if word.startswith("--"):
             if missing > 0:
-                raise UsageError(f"quantize: {option} without a value", todo=_usage(model))
+                raise UsageError(
+                    f"quantize: {option}", expected="a value", found="nothing", todo=_usage(model)
+                )
             option, missing = word, OPTIONS.get(word, -1)
         elif missing == 0:
             raise UsageError(

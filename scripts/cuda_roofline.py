@@ -319,8 +319,9 @@ The ratio of upstream's attention to ours is {worst_ratio:.2f} to {best_ratio:.2
 below {best_ratio:.1f} in the tables below does not prove that ours is faster. On the H200 these were measured to be
 faster than upstream: one query over 4096 and more keys, LATENT_ATTN with 512 queries, and a whole model with 192
 tokens. On a GeForce, LATENT_ATTN has ratios from {least_default:.2f} to {most_default:.2f} where it is the default
-(F16; also with one query more than whole blocks of 128, which the tables below do not show): the [largest known
-error](../ggml_ops/latent_attention/README.md#which-form) does not make it slower.
+(F16, 32 heads, up to 4096 queries; also with one query more than whole blocks of 128, which the tables below do not
+show). Divided by 1.6, the [largest known error](../ggml_ops/latent_attention/README.md#which-form) of this ratio, they
+are still above 1.
 
 Other kernels of KDA are written in other languages; only their bytes and multiply-adds are known. The floor is the
 longer of both at the peak rates. ([Published][kda] for an H100.)
@@ -345,7 +346,7 @@ takes less, because `prepare` of a run of chunks runs at the same time as `state
 The model takes the whole kernel `steps` as its loop, so it overestimates a further step (H200: 1.75 µs, measured
 0.93). The last column is therefore scaled from the H200's number, which is computed from the measured times of 1,
 16 and 64 tokens, by the model's time of a chunk / time of a step. The kernels use chunks from 32 tokens on where a
-block can have 160 KiB of shared memory, and from 40 elsewhere.
+block can have 160 KiB of shared memory, and from 40 elsewhere: one threshold for all of these devices.
 
 {switch}
 ## Latent attention, absorbed: {heads} heads

@@ -153,9 +153,10 @@ PAGE = """\
 
 Written by `python -m kimi_gguf.scripts.estimate_arm`; do not edit. No ARM CPU was available: these are predictions of
 llvm-mca (LLVM 16), with all data in L1, compiled by {compiler}.
-LLVM 16 gives the Neoverse V2 the model of the N2, which has two vector units (V2: four), and the Cortex-A510 that of
-the Cortex-A55. Its newest model of an Apple core is of 2013. Figures of Apple cores are computed from numbers of
-instructions and the [published throughputs of the M1]({apple}): four
+LLVM 16 gives the Neoverse V2 the model of the N2, which has two vector units (V2: four). For it, `fmov` to a vector
+register is replaced by `dup`, because llvm-mca makes `fmov` wait for the register's upper half. LLVM 16 gives the
+Cortex-A510 the model of the Cortex-A55. Its newest model of an Apple core is of 2013. Figures of Apple cores are
+computed from numbers of instructions and the [published throughputs of the M1]({apple}): four
 vector instructions, three loads and eight instructions of any kind per cycle, as if nothing ever waited. The M2 is
 assumed to be equal, with four `smmla` per cycle. Read them as limits.
 
@@ -169,9 +170,10 @@ rows by 256 values, with factors, minima and scales. Work that serves many tiles
 once for all columns of a task (up to 128); with i8mm, two columns are paired once for 32 rows. Upstream's figures are
 of its loops, which unpack the weights again for every four columns.
 
-These are figures of single matrices. Upstream multiplies interleaved experts by one column at a time, at the rate of
-decoding (below). So experts are never interleaved, unless `--repack` asks for it. Other matrices of Q4_0 and Q8_0 are
-interleaved without i8mm, IQ4_NL and MXFP4 also with it. Upstream's kernels multiply those.
+The figures are of single matrices. Upstream multiplies interleaved experts by one column at a time, at the rate of
+decoding (below). So the patched build interleaves no experts, unless `--repack` is given. It interleaves other matrices
+of IQ4_NL and MXFP4, and on CPUs without i8mm also of Q4_0 and Q8_0; upstream's kernels multiply these. So without i8mm,
+the patched figures of Q4_0 and Q8_0 apply only to experts. IQ4_NL and MXFP4 were not estimated for prompts.
 
 {prompts}
 A share of 100 % is not possible, as sums are multiplied with factors and scales. With i8mm, a tile has 256 `smmla` for

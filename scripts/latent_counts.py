@@ -87,15 +87,15 @@ MODES = (F32, EXACT, HALVES, CODES)
 COPIED = 116508
 ROWS = (512, 2048, COPIED, None)
 # The model of the compiled kernels (docs/gpu-roofline.md) finds larger numbers of queries for these, by mode and class.
-# Neither is exact, so the larger number is used. The model is too good for LATENT_ATTN by up to 1.6 (512 queries on an
-# H200), so on a GeForce, where nothing was measured, it has to be 1.6 times as fast.
+# Neither is exact, so the larger number is used. The model overestimates LATENT_ATTN's speed up to 1.6 times (512
+# queries on an H200). Nothing was measured on a GeForce, so there it is used where the model says 1.6 or more.
 COMPILED = {(EXACT, True): 496, (HALVES, False): 2048, (CODES, False): 2048}
 # The same where the only other choice is our absorbed kernel, which is then slower than upstream's.
 COMPILED_NO_COPY = {(CODES, True): 192, (CODES, False): 352}
 
 
 # The model is of 32 heads. A block computes 128 queries of one head, so fewer heads fill a device with more queries;
-# 2048 are enough for 16 heads. No model has fewer.
+# 2048 are enough for 16 heads. No published model of these architectures has fewer.
 COUNTED_HEADS, FEWEST_HEADS, FULL_ANYWHERE = 32, 16, 2048
 
 

@@ -20,7 +20,7 @@ from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.builds import Engine, select
 from kimi_gguf.engine.errors import EngineError, UsageError
 from kimi_gguf.engine.gguf_check import check_mtp, check_tokenizer, check_whole, may_begin_text
-from kimi_gguf.engine.interrupts import INTERRUPTED, NO_READER, exit_status
+from kimi_gguf.engine.interrupts import exit_status
 from kimi_gguf.engine.quantize import check_arguments, quantize
 from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.engine.toolchain import available_memory, cores
@@ -85,6 +85,7 @@ _NO_PROMPT = {
     "-cl", "--cache-list", "--completion-bash",
 }  # fmt: skip
 _INPUT_IS_EMPTY = 255  # exit status of llama-completion without a prompt, and only then
+_SEGFAULT = 139
 _PROMPTS = "-p TEXT or -f FILE (-f /dev/stdin reads standard input)"
 WORKERS = "--workers"  # kimi-llama's name for llama.cpp's option
 _REMOTE = {WORKERS, "--rpc"}
@@ -181,7 +182,7 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
 def _run_without_prompt(command: list[str], model: Path) -> int:
     """Some models begin a text by themselves. If this one does not, llama.cpp says no more than "input is empty"."""
     status = exit_status(command)
-    if status not in (0, INTERRUPTED, NO_READER):
+    if status in (_INPUT_IS_EMPTY, _SEGFAULT):  # it crashes with a draft model
         print(f"kimi-llama: no prompt was given: expected {_PROMPTS}; {_give_prompt(model)}", file=sys.stderr)
     return 2 if status == _INPUT_IS_EMPTY else status
 

@@ -74,17 +74,21 @@ def test_messages_name_the_output_and_not_the_hidden_folder(
     model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    capfdbinary: pytest.CaptureFixture[bytes],
     output: str,
 ) -> None:
+    """Also a name that arrives in two parts, and bytes that are no text."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    run = program(tmp_path, WRITES + """echo "from '$1' to '$2'" >&2; printf 'tail \\377' >&2; echo done\n""")
+    parts = """printf '%.9s' "$2" >&2; sleep 0.2; printf '%s\\n' "${2#?????????}" >&2; """
+    run = program(
+        tmp_path, WRITES + f"""echo "from '$1' to '$2'" >&2; {parts}printf 'tail \\377' >&2; echo done\n"""
+    )
     assert quantize(run, Path("in.gguf"), [output, "Q8_0"]) == 0
     assert seen_by(run)[1] != output, "it writes elsewhere"
-    said = capfd.readouterr()
-    assert said.err == f"from 'in.gguf' to '{output}'\ntail \\xff"
-    assert said.out == "done\n"
+    said = capfdbinary.readouterr()
+    assert said.err == f"from 'in.gguf' to '{output}'\n{output}\n".encode() + b"tail \xff"
+    assert said.out == b"done\n"
 
 
 @pytest.mark.engine
@@ -233,8 +237,8 @@ def test_a_dry_run_needs_no_output(model: Path, tmp_path: Path) -> None:
         (["--pure", "out.gguf", "Q8_0"], "the output and the type before options, found --pure"),
         (["out.gguf", "Q8_0", "--pure", "2"], "number of threads before options, found 2 after --pure"),
         (["out.gguf", "Q8_0", "--imatrix", "i", "2"], "found 2 after --imatrix"),
-        (["out.gguf", "Q8_0", "--imatrix"], "--imatrix without a value"),
-        (["out.gguf", "Q8_0", "--imatrix", "--pure"], "--imatrix without a value"),
+        (["out.gguf", "Q8_0", "--imatrix"], "--imatrix: expected a value"),
+        (["out.gguf", "Q8_0", "--imatrix", "--pure"], "--imatrix: expected a value"),
         (["Q8_0"], "a name that ends in .gguf, and the type after it, found Q8_0"),
         (["Q8_0", "4"], "a name that ends in .gguf, and the type after it, found Q8_0 4"),
         ([], "found nothing"),

@@ -374,7 +374,7 @@ GUARD = 1.6  # how much too good the model was for LATENT_ATTN with 512 queries 
 MEASURED = ("H200", "H100")  # the same multiprocessor
 
 
-@pytest.mark.parametrize("heads", [16, 20, 24, 32, 64, 96])
+@pytest.mark.parametrize("heads", [16, 32, 64, 96])  # others have other kernels of upstream
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_latent_attn_is_hardly_slower_than_upstream_where_it_is_the_default(

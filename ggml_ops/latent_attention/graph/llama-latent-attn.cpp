@@ -55,8 +55,8 @@ static constexpr CudaThreshold CUDA[] = {
     { INT64_MAX, { 528, 496, 176, 192 }, { 131088, 4080, 2048, 352 } },
 };
 
-// A block computes 128 queries of one head. Fewer heads than those of the count fill a device with more queries. No model
-// has fewer than 16.
+// A block computes 128 queries of one head. Fewer heads than those of the count fill a device with more queries. No
+// published model of these architectures has fewer than 16.
 static constexpr int64_t COUNTED_HEADS = 32, FEWEST_HEADS = 16, FULL_ANYWHERE = 2048;
 
 static int64_t with_heads(int64_t n_queries, int64_t n_head) {
@@ -98,29 +98,40 @@ static int64_t min_queries_on_cuda(ggml_type type, const CudaThreshold & row, bo
 
 namespace {
 
-// The numbers of queries from which a layer is decompressed: for n_keys, and the smallest for any number of keys.
+// The numbers of queries from which a layer is decompressed: for n_keys, and the smallest for any number of keys. `below`:
+// the largest number of queries that is not decompressed, for up to n_keys keys; the keys include the queries.
 struct Enough {
     int64_t here;
     int64_t anywhere;
+    int64_t below;
 };
 
 }  // namespace
 
 template <typename T, size_t N, typename F>
 static Enough look_up(const T (&table)[N], int64_t n_keys, const F & queries) {
-    Enough enough = { queries(table[row_of(table, n_keys)]), INT64_MAX };
-    for (const T & row : table) {
-        enough.anywhere = std::min(enough.anywhere, queries(row));
+    const int chosen = row_of(table, n_keys);
+    Enough    enough = { queries(table[chosen]), INT64_MAX, 0 };
+    for (int i = 0; i < (int) N; ++i) {
+        const int64_t enough_here = queries(table[i]);
+        enough.anywhere           = std::min(enough.anywhere, enough_here);
+        if (i <= chosen) {
+            enough.below = std::max(enough.below, std::min(enough_here - 1, table[i].n_keys));
+        }
     }
     return enough;
 }
 
+// cache: what a node reads, of all sequences; n_keys: those of its sequence.
 static Enough min_queries(const ggml_tensor * cache, int64_t n_keys, int64_t n_head, bool exact) {
     if (!llama_latent_attn_on_cuda(cache)) {
         return look_up(CPU, n_keys, [&](const Threshold & row) { return min_queries_on_cpu(cache->type, row); });
     }
-    const bool fast_sums = llama_latent_attn_fast_sums(cache);
-    return look_up(CUDA, n_keys, [&](const CudaThreshold & row) {
+    // The last row is that of quantized caches which are not copied to F16, which depends on the node's keys.
+    constexpr int64_t MAX_COPIED = CUDA[std::size(CUDA) - 2].n_keys;
+    const bool        copied     = !ggml_is_quantized(cache->type) || cache->ne[1] * cache->ne[3] <= MAX_COPIED;
+    const bool        fast_sums  = llama_latent_attn_fast_sums(cache);
+    return look_up(CUDA, copied ? n_keys : INT64_MAX, [&](const CudaThreshold & row) {
         return with_heads(min_queries_on_cuda(cache->type, row, exact, fast_sums), n_head);
     });
 }
@@ -239,7 +250,7 @@ uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph, uint32_t n_seqs) {
         if (node->op == GGML_OP_LATENT_ATTN) {
             const bool    exact  = ggml_op_has_mark(node, GGML_OP_MARK_EXACT);
             const int64_t n_head = node->src[0]->ne[2];
-            most                 = std::max(most, (min_queries(k, k->ne[1], n_head, exact).here - 1) * k->ne[3]);
+            most                 = std::max(most, min_queries(k, k->ne[1], n_head, exact).below * k->ne[3]);
         } else if (llama_latent_plain_has(node)) {
             // a sequence with more cells than it can expand is absorbed
             most = std::max<int64_t>(most, k->ne[1] == LLAMA_LATENT_PLAIN_MAX_CELLS

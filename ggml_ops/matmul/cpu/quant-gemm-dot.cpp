@@ -140,7 +140,7 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
     static constexpr int SUB      = weights_per_factor(Type::SCHEME);
     static constexpr int TOGETHER = std::min(groups_together(Type::CODES), SUB / 4);
     static constexpr int AHEAD    = LANES * sizeof(Block) / N_BLOCKS;
-    // Sums are zeroed once and go on from block to block; each factor is less by the next one.
+    // Sums are not reset between blocks, so each is multiplied by the difference between its factor and the next one.
     static constexpr bool GO_ON = QUANT_GEMM_NEON && Type::SCHEME == Scheme::q8_K && Type::OFFSET == 0;
 
     const char * const * columns;

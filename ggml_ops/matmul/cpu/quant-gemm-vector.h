@@ -284,7 +284,7 @@ inline Ints in_order(Ints x) {
     return x;
 }
 
-// Vectors that do not change before y is known: GCC would add to copies.
+// Makes x depend on y. Otherwise GCC copies x before it adds to it.
 inline void keep_until(Ints (&x)[4], Ints y) {
     asm("" : "+w"(x[0]), "+w"(x[1]), "+w"(x[2]), "+w"(x[3]) : "w"(y));
 }
