@@ -100,16 +100,11 @@ def test_a_tool_gets_the_model_the_defaults_and_the_callers_arguments(built: Pat
 @pytest.mark.parametrize(
     "prompt", [[], ["-p", "x"], ["--prompt=x"], ["-f", "x"], ["-cnv"], ["-n", "3"]], ids=" ".join
 )
-def test_a_failure_without_a_prompt_names_the_prompt(prompt: list[str], built: Path) -> None:
-    """The miniature's program always fails, with status 7."""
-    model = str(built / "model.gguf")
-    ended = call(built, "run", model, *prompt)
+def test_a_failure_is_not_blamed_on_the_prompt(prompt: list[str], built: Path) -> None:
+    """The miniature's program always fails, with status 7; llama-completion without a prompt has another one."""
+    ended = call(built, "run", str(built / "model.gguf"), *prompt)
     assert ended.returncode == 7
-    said = (
-        "kimi-llama: no prompt was given: expected -p TEXT or -f FILE (-f /dev/stdin reads standard input); "
-        f"write: kimi-llama run {model} -p TEXT; to chat: kimi-llama chat {model}"
-    )
-    assert ended.stderr.splitlines()[1:] == ([said] if prompt in ([], ["-n", "3"]) else [])
+    assert "no prompt was given" not in ended.stderr
 
 
 def with_key(path: Path, begins: bool) -> str:

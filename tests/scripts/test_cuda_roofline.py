@@ -551,7 +551,7 @@ def test_a_change_of_the_code_but_not_of_a_comment_changes_the_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "a.cu"
-    monkeypatch.setattr(cuda_counts, "cuda_sources", lambda: [source])
+    monkeypatch.setattr(cuda_check, "cuda_sources", lambda: [source])
     digests = []
     for text in ("int x;  // one\n", "int  x; // two\n\n", "int y;\n"):
         source.write_text(text)
