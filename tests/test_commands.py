@@ -160,9 +160,10 @@ def test_output_that_nobody_reads_ends_quietly(
     monkeypatch.chdir(ROOT)
     with unread() as pipe:
         ended = start(*words.split(), output=pipe)
-    # argparse does not say that it could not write
-    status = 0 if unbuffered and words.split()[-1].startswith("--") else NO_READER
-    assert (ended.returncode, ended.stderr) == (status, "")
+    # argparse of Python 3.11.7 does not say that it could not write, that of 3.11.2 does
+    silent = unbuffered and words.split()[-1].startswith("--")
+    assert ended.returncode in ({0, NO_READER} if silent else {NO_READER})
+    assert ended.stderr == ""
 
 
 def test_an_error_that_nobody_reads_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def test_a_new_wheel_of_the_same_version_replaces_the_installed_one(checkout: Pa
     before = noted.stat().st_mtime_ns
     last = demo(checkout, environment)[-2:]
     assert last == ["out/report-BF16/report.html", "out/report-Q8_0/report.html"]
-    assert noted.stat().st_mtime_ns == before, "the same wheel is not installed again"
+    keeps = tuple(map(int, version("pip").split(".")[:2])) >= (23, 2)  # 23.0 installs a local wheel again
+    assert (noted.stat().st_mtime_ns == before) is keeps, "the same wheel is not installed again"
 
 
 # Writes what the next step needs. FAILS names the program and its sub-command that ends differently.
