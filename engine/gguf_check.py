@@ -87,9 +87,9 @@ def may_begin_text(path: Path) -> bool:
     """Whether the model can write a text without a prompt: its file says that a BOS token is added, or does not say
     whether, or cannot be read by this project."""
     try:
-        if key_of(path, "tokenizer.ggml.pre") == "gemma4":  # llama.cpp adds one anyway
+        if key_of(path, "tokenizer.ggml.add_bos_token") is not False:
             return True
-        return key_of(path, "tokenizer.ggml.add_bos_token") is not False
+        return bool(key_of(path, "tokenizer.ggml.pre") == "gemma4")  # llama.cpp adds one anyway
     except GgufError:
         return True
 

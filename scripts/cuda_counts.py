@@ -46,6 +46,8 @@ class Kernel:
 
 
 _KDA, _LATENT, _MATMUL = "kda/cuda/", "latent_attention/cuda/", "matmul/cuda/"
+_CACHES = ("f32", "f16", "bf16", "q8_0", "q4_0")  # as in cache_type, in this order
+_QUANTIZED = _CACHES[3:]
 # Masks are read before, one load for the query of a block of 32 heads; more turns are for more queries.
 _MASKS: tuple[Rule, ...] = (("LDG", 1, 0.0),)
 # 64 channels by 64 tokens; 32 channels at a time: 4 turns. Matmuls of 16 channels: 2. Triangular solves: (1+2+3+4)/4.
@@ -79,7 +81,7 @@ KERNELS = (
            (("STS", 6, 6.0), *_MASKS)),  # 32 rows of 2304 bytes by 256 threads: 18 loads, three at a time
     *(
         kernel
-        for name, form in (("q8_0", 3), ("q4_0", 4))
+        for form, name in enumerate(_QUANTIZED, _CACHES.index(_QUANTIZED[0]))
         for kernel in (
             Kernel(f"attend {name}", _LATENT + "latent-attend.cu", f"4formILNS_10cache_typeE{form}ELi32ELb0E",
                    INNERMOST, _QUANTS),
@@ -93,7 +95,7 @@ KERNELS = (
     *(
         Kernel(f"collect {name}", _LATENT + "latent-collect.cu", f"collect_tileILNS_10cache_typeE{form}E",
                WHOLE, _MASKS)
-        for form, name in enumerate(("f32", "f16", "bf16", "q8_0", "q4_0"))
+        for form, name in enumerate(_CACHES)
     ),
     Kernel("look", _LATENT + "latent-collect.cu", "look_at", WHOLE),
     Kernel("weigh", _LATENT + "latent-collect.cu", "weigh_headILi1E", WHOLE, (("LDG", 8, 16.0), ("LDG", 1, 0.0))),
@@ -176,9 +178,9 @@ CONSTANTS = {
             f"attend {name} shared": "latent_cuda::shared_bytes<latent_cuda::form<"
             f"latent_cuda::cache_type::{form}>>()"
             for name, form in (
-                *((kind, f"{kind}, 32") for kind in ("f32", "f16", "bf16", "q8_0", "q4_0")),
-                *((f"{kind}, wide, data centre", f"{kind}, 64") for kind in ("q8_0", "q4_0")),
-                *((f"{kind}, wide, GeForce", f"{kind}, 64, true") for kind in ("q8_0", "q4_0")),
+                *((kind, f"{kind}, 32") for kind in _CACHES),
+                *((f"{kind}, wide, data centre", f"{kind}, 64") for kind in _QUANTIZED),
+                *((f"{kind}, wide, GeForce", f"{kind}, 64, true") for kind in _QUANTIZED),
             )
         },
     },
@@ -197,7 +199,7 @@ CONSTANTS = {
     },
     _LATENT + "latent-ggml.cu": {
         f"{kind} {what}, {device}": f"limit_of(latent_cuda::cache_type::{kind}, {sums}).{what}"
-        for kind in ("f32", "f16", "bf16", "q8_0", "q4_0")
+        for kind in _CACHES
         for what in ("rows", "keys")
         for device, sums in (("data centre", "true"), ("GeForce", "false"))
     }

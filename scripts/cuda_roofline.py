@@ -320,8 +320,8 @@ below {best_ratio:.1f} in the tables below does not prove that ours is faster. O
 faster than upstream: one query over 4096 and more keys, LATENT_ATTN with 512 queries, and a whole model with 192
 tokens. On a GeForce, LATENT_ATTN has ratios from {least_default:.2f} to {most_default:.2f} where it is the default
 (F16, 32 heads, up to 4096 queries; also with one query more than whole blocks of 128, which the tables below do not
-show). Divided by 1.6, the [largest known error](../ggml_ops/latent_attention/README.md#which-form) of this ratio, they
-are still above 1.
+show). Divided by {best_ratio:.1f}, the [largest known
+error](../ggml_ops/latent_attention/README.md#which-form) of this ratio, they are still above 1.
 
 Other kernels of KDA are written in other languages; only their bytes and multiply-adds are known. The floor is the
 longer of both at the peak rates. ([Published][kda] for an H100.)

@@ -393,10 +393,10 @@ def test_a_damaged_file_is_said_before_a_build_is_made(tmp_path: Path, damage: s
     (tmp_path / "whole.gguf").write_bytes(tiny_llama.NO_TENSORS)
     name, *draft = command.split()
     words = [str(tmp_path / "whole.gguf"), *draft, str(path)] if draft else [str(path), "out.gguf", "Q8_0"]
-    told = call(tmp_path, name, *words)
-    assert (told.returncode, told.stdout) == (1, "")
-    assert told.stderr.startswith(f"kimi-llama: error: {path}: a damaged GGUF file: {said}")
-    assert told.stderr.endswith("; convert or download it again\n") and told.stderr.count("\n") == 1
+    ended = call(tmp_path, name, *words)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"kimi-llama: error: {path}: a damaged GGUF file: {said}")
+    assert ended.stderr.endswith("; convert or download it again\n") and ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [2, 4])

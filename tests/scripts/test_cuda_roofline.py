@@ -38,6 +38,7 @@ from kimi_gguf.scripts.gpu_model import (
     BLOCK_BYTES,
     FILL,
     LAUNCH,
+    ROW_BYTES,
     Forward,
     Launch,
     Model,
@@ -398,6 +399,7 @@ def test_latent_attn_is_hardly_slower_than_upstream_where_it_is_the_default(
 def test_long_quantized_caches_are_decompressed_from_the_number_of_queries_that_is_faster() -> None:
     """There the absorbed kernel is ours, as upstream's would need a copy."""
     model = stored_model()
+    assert model.constants["largest copy"] // ROW_BYTES["f16"] == COPIED
     for family in ("data centre", "GeForce"):
         first = threshold(CODES, family == "data centre", len(ROWS) - 1)
         gains = {
