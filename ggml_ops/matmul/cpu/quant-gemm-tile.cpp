@@ -235,7 +235,11 @@ static void tile_q8_K(const Panel & panel, int row, const char * const * columns
             float *      to    = sums + c * PANEL_ROWS + LANES * v;
             const Floats sum   = load_floats(to);
             const Ints   whole = products[c][v];
-            const Ints   less  = total_of_pairs(minima[c][v]);
+            if constexpr (MIN_SUB == 0) {
+                store_floats(to, add_super_block(sum, whole, d, scale));
+                continue;
+            }
+            const Ints less = total_of_pairs(minima[c][v]);
             if constexpr (has_minima(SCHEME)) {
                 const Floats dmin = load_floats(panel.minimum_scales + row + LANES * v);
                 store_floats(to, add_super_block(sum, whole, d, less, dmin, scale));
