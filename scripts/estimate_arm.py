@@ -4,17 +4,20 @@
 
 Input: the matmul's kernels and those of upstream, compiled for ARM. Output: docs/arm-estimates.md: cycles for 16
 int8 multiply-adds in the loops in which a kernel spends its time, by llvm-mca or by counting. Needs
-aarch64-linux-gnu-g++, its objdump and llvm-mca 16 (Debian: g++-aarch64-linux-gnu, llvm-16).
+aarch64-linux-gnu-g++, its objdump and llvm-mca 16 (Debian: g++-aarch64-linux-gnu, llvm-16). The page names a digest of
+the sources; a test compares it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +25,11 @@ from pathlib import Path
 from kimi_gguf.bench.report import markdown
 from kimi_gguf.engine.builds import upstream_source
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.patches.pin import load_pin
 
 ROOT = Path(__file__).resolve().parents[1]
+OURS = ROOT / "ggml_ops" / "matmul" / "cpu"
+COMMON = ROOT / "ggml_ops" / "common"
 PREFIX = "aarch64-linux-gnu"
 MCA = "llvm-mca-16"
 FLAGS = ("-O3", "-w", "-c")
@@ -129,6 +135,8 @@ def interleaved(name: str, units: int = INNERMOST) -> Kernel:
 PROMPTS = (
     Row("Q4_0", *tiles("0"), None, interleaved("gemm_q4_0_4x4"), interleaved("gemm_q4_0_4x8")),
     Row("Q8_0", *tiles("0"), None, interleaved("gemm_q8_0_4x4"), interleaved("gemm_q8_0_4x8")),
+    Row("IQ4_NL", *tiles("0"), None, interleaved("gemm_iq4_nl_4x4"), interleaved("gemm_iq4_nl_4x4")),
+    Row("MXFP4", *tiles("0"), None, interleaved("gemm_mxfp4_4x4"), interleaved("gemm_mxfp4_4x4")),
     Row("Q4_K", *tiles("3"), None, interleaved("gemm_q4_K_8x4", 512), interleaved("gemm_q4_K_8x8", 512)),
     Row("Q5_K", *tiles("3"), None, interleaved("gemm_q5_K_8x4", 512), interleaved("gemm_q5_K_8x8", 512)),
     Row("Q6_K", *tiles("2"), None, interleaved("gemm_q6_K_8x4", 512), interleaved("gemm_q6_K_8x8", 512)),
@@ -141,6 +149,7 @@ DECODING = (
     Row("Q8_0", *dots("q8_0"), row("q8_0"), interleaved("gemv_q8_0_4x4"), interleaved("gemv_q8_0_4x8")),
     Row("Q5_0", *dots("q5_0"), row("q5_0")),
     Row("IQ4_NL", *dots("iq4_nl"), row("iq4_nl"), interleaved("gemv_iq4_nl_4x4"), interleaved("gemv_iq4_nl_4x4")),
+    Row("MXFP4", *dots("mxfp4"), row("mxfp4"), interleaved("gemv_mxfp4_4x4"), interleaved("gemv_mxfp4_4x4")),
     Row("Q4_K", *dots("q4_K", 64), row("q4_K"), interleaved("gemv_q4_K_8x4", 128), interleaved("gemv_q4_K_8x8", 128)),
     Row("Q5_K", *dots("q5_K", 64), row("q5_K"), interleaved("gemv_q5_K_8x4", 128), interleaved("gemv_q5_K_8x8", 128)),
     Row("Q6_K", *dots("q6_K", 64), row("q6_K"), interleaved("gemv_q6_K_8x4", 128), interleaved("gemv_q6_K_8x8", 128)),
@@ -153,6 +162,7 @@ PAGE = """\
 
 Written by `python -m kimi_gguf.scripts.estimate_arm`; do not edit. No ARM CPU was available: these are predictions of
 llvm-mca (LLVM 16), with all data in L1, compiled by {compiler}.
+Of the sources {digest} (without comments).
 LLVM 16 gives the Neoverse V2 the model of the N2, which has two vector units (V2: four). For it, `fmov` to a vector
 register is replaced by `dup`, because llvm-mca makes `fmov` wait for the register's upper half. LLVM 16 gives the
 Cortex-A510 the model of the Cortex-A55. Its newest model of an Apple core is of 2013. Figures of Apple cores are
@@ -164,25 +174,39 @@ All figures are cycles for 16 int8 multiply-adds; fewer is better. `sdot` comput
 
 ## Prompts
 
-In parentheses: the share of the peak, which is the rate of independent `sdot` or `smmla` instructions. *Interleaved*:
-upstream's kernel for the weights that it interleaves at load. Our figures are of a whole tile: four columns by eight
-rows by 256 values, with factors, minima and scales. Work that serves many tiles is not included: a panel is unpacked
-once for all columns of a task (up to 128); with i8mm, two columns are paired once for 32 rows. Upstream's figures are
-of its loops, which unpack the weights again for every four columns.
+In parentheses: the share of the peak, and its [limit](#limits-of-the-share). The peak is the rate of independent `sdot`
+or `smmla` instructions. *Interleaved*: upstream's kernel for the weights that it interleaves at load. Our figures are
+of a whole tile: four columns by eight rows by 256 values, with factors, minima and scales. Work that serves many tiles
+is not included: a panel is unpacked once for all columns of a task (up to 128); with i8mm, two columns are paired once
+for 32 rows. Upstream's figures are of its loops, which unpack the weights again for every four columns.
 
 The figures are of single matrices. Upstream multiplies interleaved experts by one column at a time, at the rate of
 decoding (below). So the patched build interleaves no experts, unless `--repack` is given. It interleaves other matrices
-of IQ4_NL and MXFP4, and on CPUs without i8mm also of Q4_0 and Q8_0; upstream's kernels multiply these. So without i8mm,
-the patched figures of Q4_0 and Q8_0 apply only to experts. IQ4_NL and MXFP4 were not estimated for prompts.
+of IQ4_NL and MXFP4, and on CPUs without i8mm also of Q4_0 and Q8_0; upstream's kernels multiply these. So the patched
+figures of IQ4_NL and MXFP4, and without i8mm those of Q4_0 and Q8_0, apply only to experts. All four types have the
+same tile. Upstream has no kernel with `smmla` for IQ4_NL and MXFP4; the interleaved figures are of `sdot`.
 
 {prompts}
-A share of 100 % is not possible, as sums are multiplied with factors and scales. With i8mm, a tile has 256 `smmla` for
-weights and other vector instructions: at least 88 for IQ4_XS and 208 for Q2_K. They limit the share to 57 % (Q4_0,
-Q8_0), 67 % (Q4_K, Q5_K), 63 % (Q6_K, Q3_K), 55 % (Q2_K) and 74 % (IQ4_XS).
+### Limits of the share
 
-The Cortex-A55 executes instructions in order, and a sum or a load takes three cycles. So the code loads weights ahead,
-and adds to eight sums in turn. [Orders that the compiler chose](negative-results.md#matmul-cpu) reached up to 51 % in
-the inner loop alone, but were slower on other cores.
+A share of 100 % is not possible. Weights and activations are loaded. Sums are converted, multiplied with factors and
+scales, and added; minima are subtracted. The limit is the share of a tile that has only these instructions, as many of
+each as the compiled tile, and none of which waits for the result of another one. llvm-mca computes it for two orders:
+one kind of instruction after the other, or all kinds evenly mixed. The faster order counts; a third one may be a little
+faster. The difference between the share and its limit is waiting, and instructions that are not counted: moves, copies,
+zeroing, transposing, and loads and stores on the stack. Another algorithm could have another limit.
+
+The table has the vector instructions of a tile: dot products of weights + other arithmetic; loads and stores; those
+that are not counted.
+
+{instructions}
+In LLVM's model of the Cortex-A55, and so in that of the A510, a dot product and a load of 128 bits are never issued in
+the same cycle. So loads limit the share, too. The Neoverse N2 has one unit for conversions and for products of integers
+that are not dot products. A conversion of four sums takes it for two cycles. This limits Q4_0 with i8mm.
+
+The Cortex-A55 executes instructions in order. A dot product can follow another one with the same sum after four cycles.
+So the code loads weights ahead, and adds to eight sums in turn. [Orders that the compiler
+chose](negative-results.md#matmul-cpu) reached up to 51 % in the inner loop alone, but were slower on other cores.
 
 ## Decoding
 
@@ -257,6 +281,74 @@ def without_branches(lines: Iterable[str]) -> tuple[str, ...]:
     return tuple(line for line in plain if not re.match(r"(b|bl|br|blr|b\.\w+|cbn?z|tbn?z|ret)\b", line))
 
 
+# Vector instructions that compute. All others move, copy, set to zero or transpose.
+ARITHMETIC = re.compile(
+    r"([su]dot|u?s?mmla|[su]mull2?|[su]mlal2?|mla|mls|mul|fml[as]|fmul|fadd|scvtf|addp?|sub|shl)\tv"
+)
+MEMORY = re.compile(r"(ld|st)(u?r|p)\t([sdq])\d")
+LOADED = 6  # registers of loads, when nothing waits; the peak has the same 24 of sums
+
+
+@dataclass(frozen=True)
+class Work:
+    """The vector instructions that a tile executes."""
+
+    arithmetic: tuple[str, ...]  # with the dot products
+    memory: tuple[str, ...]  # loads and stores, one register each
+    others: int  # of other kinds, and loads and stores on the stack
+
+
+def work(instructions: list[tuple[int, str]], kernel: Kernel, name: str) -> Work:
+    """The vector instructions of one call of a tile; `name` is its dot product."""
+    inner = min(
+        (loop for loop in loops(instructions) if loop.dots(name) >= 2), key=lambda loop: loop.dots(name)
+    )
+    rounds = kernel.units // (inner.dots(name) * WIDTHS[name])
+    executed = (*without_branches(line for _, line in instructions), *inner.instructions * (rounds - 1))
+    arithmetic: list[str] = []
+    memory: list[str] = []
+    others = 0
+    for line in executed:
+        moved = MEMORY.match(line)
+        if moved and "[sp" not in line:
+            memory += [f"{moved[1]}r\t{moved[3]}"] * (2 if moved[2] == "p" else 1)
+        elif ARITHMETIC.match(line):
+            arithmetic.append(line)
+        else:
+            others += bool(re.search(r"\b[vsdq]\d+\b", line))
+    return Work(tuple(arithmetic), tuple(memory), others)
+
+
+def independent(found: Work) -> tuple[str, ...]:
+    """A tile's arithmetic, loads and stores, with other registers: no instruction waits for another one."""
+    lines = []
+    for i, line in enumerate(found.arithmetic):
+        first, _, rest = line.partition(",")
+        lines.append(re.sub(r"\bv\d+", f"v{i % 24}", first) + "," + re.sub(r"\bv\d+", "v30", rest))
+    for i, line in enumerate(found.memory):
+        lines.append(f"{line}{24 + i % LOADED if line.startswith('ld') else 31}, [x0]")
+    return tuple(lines)
+
+
+def mixed(lines: Sequence[str]) -> tuple[str, ...]:
+    """The same instructions, each kind evenly distributed."""
+    kinds = Counter(line.split()[0] for line in lines)
+    seen: Counter[str] = Counter()
+    placed = []
+    for line in lines:
+        kind = line.split()[0]
+        placed.append(((seen[kind] + 0.5) / kinds[kind], line))
+        seen[kind] += 1
+    return tuple(line for _, line in sorted(placed, key=lambda each: each[0]))
+
+
+def without_waiting(found: Work, core: Core) -> float:
+    """The cycles of a tile's arithmetic, loads and stores if no instruction waits for another one."""
+    lines = independent(found)
+    grouped = sorted(lines, key=lambda line: line.split()[0])
+    return min(cycles(grouped, core), cycles(mixed(lines), core))
+
+
 def estimate(instructions: list[tuple[int, str]], kernel: Kernel, core: Core, name: str) -> float | None:
     """
     The cycles of 16 multiply-adds, or None if no loop has the dot product `name`.
@@ -305,9 +397,8 @@ class Compiled:
     def _functions(self, source: str, march: str) -> list[tuple[str, list[tuple[int, str]]]]:
         if (source, march) not in self._of:
             ggml = upstream_source() / "llama.cpp" / "ggml"
-            ours = ROOT / "ggml_ops" / "matmul" / "cpu"
-            path = ours / source if (ours / source).exists() else ggml / "src/ggml-cpu/arch/arm" / source
-            include = (ours, ROOT / "ggml_ops/common", ggml / "include", ggml / "src", ggml / "src/ggml-cpu")
+            path = OURS / source if (OURS / source).exists() else ggml / "src/ggml-cpu/arch/arm" / source
+            include = (OURS, COMMON, ggml / "include", ggml / "src", ggml / "src/ggml-cpu")
             compiler = f"{PREFIX}-gcc" if path.suffix == ".c" else f"{PREFIX}-g++"
             with tempfile.TemporaryDirectory() as folder:
                 made = f"{folder}/kernels.o"
@@ -340,9 +431,16 @@ class Compiled:
                         return found
         raise EngineError(f"{kernel.source} has no function {kernel.name} with {' or '.join(dots)}")
 
+    def work(self, kernel: Kernel, core: Core) -> Work:
+        """The vector instructions of a tile. Raises `EngineError` if there is no function of its name."""
+        for name, instructions in self._functions(kernel.source, core.march):
+            if re.search(kernel.name, name):
+                return work(instructions, kernel, core.dot)
+        raise EngineError(f"{kernel.source} has no function {kernel.name}")
+
 
 def table_of_prompts(compiled: Compiled) -> str:
-    """For each type and core: ours, its share of the peak, and upstream's of interleaved rows."""
+    """For each type and core: ours, its share of the peak with its limit, and upstream's of interleaved rows."""
     lines = [("type", *(f"{core.name}: patched, interleaved" for core in CORES))]
     for each in PROMPTS:
         cells = []
@@ -352,7 +450,23 @@ def table_of_prompts(compiled: Compiled) -> str:
             peak = cycles(independent, core) / len(independent) / WIDTHS[core.dot]
             theirs = compiled.estimate(each.interleaved_on(core), core, core.dot, "sdot")
             assert ours is not None
-            cells.append(f"**{ours:.2f}** ({100 * peak / ours:.0f} %), {said(theirs)}")
+            limit = peak * TILE_UNITS / without_waiting(compiled.work(each.ours_on(core), core), core)
+            cells.append(f"**{ours:.2f}** ({100 * peak / ours:.0f} of {100 * limit:.0f} %), {said(theirs)}")
+        lines.append((each.types, *cells))
+    return markdown(lines)
+
+
+def table_of_instructions(compiled: Compiled) -> str:
+    """For each type, with and without i8mm: vector instructions of a tile next to its dot products of weights."""
+    kinds = {core.march: core for core in CORES}
+    head = (f"{core.dot}: arithmetic, loads and stores, other" for core in kinds.values())
+    lines = [("type", *head)]
+    for each in PROMPTS:
+        cells = []
+        for core in kinds.values():
+            found = compiled.work(each.ours_on(core), core)
+            dots = TILE_UNITS // WIDTHS[core.dot]
+            cells.append(f"{dots} + {len(found.arithmetic) - dots}, {len(found.memory)}, {found.others}")
         lines.append((each.types, *cells))
     return markdown(lines)
 
@@ -372,6 +486,19 @@ def table_of_decoding(compiled: Compiled) -> str:
     return markdown(lines)
 
 
+def sources_digest() -> str:
+    """Identifies what the page is made from: our kernels with their headers, this script, and upstream's release."""
+    files = [OURS / name for name in (TILE, TILE_I8MM, DOT)]
+    for file in files:
+        for name in re.findall(r'#include "(.*)"', file.read_text()):
+            files += [path for path in (OURS / name, COMMON / name) if path.exists() and path not in files]
+    code = (line.partition("//")[0].split() for file in files for line in file.read_text().splitlines())
+    script = re.sub(r'(?ms)^PAGE = """.*?"""$|^ *"""[^\\].*?"""$|^ *#.*?$', "", Path(__file__).read_text())
+    lines = [*code, *(line.split() for line in script.splitlines())]
+    text = load_pin().archive_sha256 + "\n".join(" ".join(words) for words in lines if words)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def said(figure: float | None) -> str:
     """A cell."""
     return "–" if figure is None else f"{figure:.2f}"
@@ -389,7 +516,9 @@ def main() -> None:
         text = PAGE.format(
             apple=APPLE_SOURCE,
             compiler=run([f"{PREFIX}-g++", "--version"]).splitlines()[0].replace(f"{PREFIX}-g++", "g++"),
+            digest=sources_digest(),
             prompts=table_of_prompts(compiled),
+            instructions=table_of_instructions(compiled),
             decoding=table_of_decoding(compiled),
         )
     except EngineError as error:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from string import Formatter
 
 import pytest
 
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.scripts import estimate_arm
-from kimi_gguf.scripts.estimate_arm import CORES, Compiled, Kernel, estimate, functions, loops
+from kimi_gguf.scripts.estimate_arm import (
+    CORES,
+    DECODING,
+    PAGE,
+    PROMPTS,
+    Compiled,
+    Kernel,
+    estimate,
+    functions,
+    independent,
+    loops,
+    mixed,
+    sources_digest,
+    work,
+)
 
 # Two loops around each other with two dot products; a branch forwards, and one to another function.
 NESTED = """\
@@ -63,3 +80,59 @@ def test_a_kernel_whose_loop_is_in_another_function(monkeypatch: pytest.MonkeyPa
     assert Compiled().estimate(kernel, CORES[-1], "smmla", "sdot") == 20 / 2
     with pytest.raises(EngineError, match=r"no function .* with smmla"):
         Compiled().estimate(kernel, CORES[-1], "smmla")
+
+
+# A tile of two rounds, with a load of the stack and a pair of loads.
+TILE = """\
+
+0000000000000000 <tile<4>(int)>:
+   0:	ldp	q0, q3, [x0]
+   4:	ldr	q2, [sp, #16]
+   8:	sdot	v1.4s, v0.16b, v2.4b[1]
+   c:	sdot	v3.4s, v0.16b, v2.16b
+  10:	mla	v4.4s, v1.4s, v5.4s
+  14:	mov	v6.16b, v3.16b
+  18:	add	x0, x0, #0x1
+  1c:	b.ne	8 <tile<4>(int)+0x8>  // b.any
+  20:	scvtf	v4.4s, v4.4s
+  24:	str	q4, [x1]
+  28:	ret
+"""
+
+
+def test_the_limit_counts_what_computes_loads_and_stores() -> None:
+    found = work(dict(functions(TILE))["tile<4>(int)"], Kernel("", "", 4, per_call=True), "sdot")
+    kinds = [line.split()[0] for line in found.arithmetic]
+    assert sorted(kinds) == ["mla", "mla", "scvtf", *4 * ["sdot"]]
+    assert found.memory == ("ldr\tq", "ldr\tq", "str\tq")
+    assert found.others == 3, "two copies, and a load of the stack"
+    lines = independent(found)
+    assert lines[:2] == ("sdot\tv0.4s, v30.16b, v30.4b[1]", "sdot\tv1.4s, v30.16b, v30.16b")
+    assert lines[-3:] == ("ldr\tq24, [x0]", "ldr\tq25, [x0]", "str\tq31, [x0]")
+    assert Counter(mixed(lines)) == Counter(lines)
+    assert [line.split()[0] for line in mixed(lines)] == [
+        "sdot", "mla", "ldr", "sdot", "scvtf", "str", "sdot", "mla", "ldr", "sdot",
+    ]  # fmt: skip
+
+
+def test_the_page_is_of_the_sources_and_the_text_of_now() -> None:
+    again = "write it again: python -m kimi_gguf.scripts.estimate_arm"
+    page = (estimate_arm.ROOT / "docs" / "arm-estimates.md").read_text()
+    assert f"Of the sources {sources_digest()} " in page, again
+    for text, *_ in Formatter().parse(PAGE):
+        assert text in page, again
+    for each in (*PROMPTS, *DECODING):
+        assert f"\n| {each.types} | **" in page, again
+
+
+def test_a_change_of_the_code_but_not_of_a_comment_changes_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate_arm, "OURS", tmp_path)
+    for name in (estimate_arm.TILE, estimate_arm.TILE_I8MM, estimate_arm.DOT):
+        (tmp_path / name).write_text('#include "common.h"\n')
+    digests = []
+    for text in ("int x;  // one\n", "int  x; // two\n\n", "int y;\n"):
+        (tmp_path / "common.h").write_text(text)
+        digests.append(sources_digest())
+    assert digests[0] == digests[1] != digests[2]
