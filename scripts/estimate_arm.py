@@ -181,10 +181,10 @@ is not included: a panel is unpacked once for all columns of a task (up to 128);
 for 32 rows. Upstream's figures are of its loops, which unpack the weights again for every four columns.
 
 The figures are of single matrices. Upstream multiplies interleaved experts by one column at a time, at the rate of
-decoding (below). So the patched build interleaves no experts, unless `--repack` is given. It interleaves other matrices
-of IQ4_NL and MXFP4, and on CPUs without i8mm also of Q4_0 and Q8_0; upstream's kernels multiply these. So the patched
-figures of IQ4_NL and MXFP4, and without i8mm those of Q4_0 and Q8_0, apply only to experts. All four types have the
-same tile. Upstream has no kernel with `smmla` for IQ4_NL and MXFP4; the interleaved figures are of `sdot`.
+decoding (below). So the patched build interleaves no experts, unless `--repack` is given. On CPUs without i8mm it
+interleaves other matrices of Q4_0 and Q8_0; upstream's kernels multiply these, and the patched figures apply only to
+experts. IQ4_NL and MXFP4 have the same tile as Q4_0 and Q8_0. Upstream has no kernel with `smmla` for them; the
+interleaved figures are of `sdot`.
 
 {prompts}
 ### Limits of the share

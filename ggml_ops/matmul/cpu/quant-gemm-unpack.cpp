@@ -122,9 +122,16 @@ unpack(const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t
     }
 }
 
-// With AVX2 panels are faster from 9 columns on (plain numbers: 20); these are the numbers for AVX-512.
+// The number of columns from which panels are faster. with_avx512: measured for each type. With AVX2, dot products have
+// four columns at once, and more take a second pass; for AVX-VNNI and NEON there are older measurements and estimates.
 static constexpr int least_columns(Scheme scheme, int with_avx512) {
-    return QUANT_GEMM_AVX512 ? with_avx512 : is_plain(scheme) ? 20 : 9;
+    if (QUANT_GEMM_AVX512) {
+        return with_avx512;
+    }
+    if (is_plain(scheme)) {
+        return QUANT_GEMM_AVX2 ? 6 : 20;
+    }
+    return SUMS_OF_16_BITS ? 5 : 9;
 }
 
 template <typename R, typename Type>

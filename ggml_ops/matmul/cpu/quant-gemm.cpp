@@ -516,11 +516,11 @@ bool ggml_quant_gemm_prefers_rows(const ggml_tensor * op) {
     if (rows == nullptr) {
         return false;
     }
-    // With NEON, upstream interleaves most types of 32 values. Its kernels decode them faster on most cores, except Q4_0 and
-    // Q8_0 with i8mm. But it multiplies experts' interleaved weights by one column at a time (docs/arm-estimates.md).
+    // With NEON, upstream interleaves most types of 32 values. Without i8mm, its kernels for Q4_0 and Q8_0 decode faster on
+    // most cores. But it multiplies experts' interleaved weights by one column at a time (docs/arm-estimates.md).
     const bool upstreams = QUANT_GEMM_NEON && rows->scheme == quant_gemm::Scheme::q8_0;
-    const bool as_fast =
-        op->op == GGML_OP_MUL_MAT_ID || (QUANT_GEMM_I8MM && (type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0));
+    const bool slower    = !QUANT_GEMM_I8MM && (type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0);
+    const bool as_fast   = op->op == GGML_OP_MUL_MAT_ID || !slower;
     const bool has_other = upstreams || quant_gemm::find_format(type, QUANT_GEMM_8X8) != nullptr;
     return (!upstreams || as_fast) && !(has_other && quant_gemm::environment_switch("KIMI_REPACK", false));
 }
