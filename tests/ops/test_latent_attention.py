@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graph_operators import operators_of_last_graph
+from graph_operators import LISTED, first_chunked, operators_in, operators_of_last_graph
+from llama_script import Setup, batches, context, decode, fetch, play, store, text, threads, use
 from native_program import compile_program, run_program
-from random_checkpoint import Spec
-from synthetic_case import Case, make_case
+from random_checkpoint import VOCAB_SIZE, Spec
+from synthetic_case import Case, make_case, make_gguf
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run, run_logits
@@ -146,9 +147,52 @@ def test_the_same_bits_for_any_number_of_threads(
     ids = case.ids if n_ubatch > 1 else case.ids[:300]
     options = RunOptions(n_ubatch=n_ubatch, flash_attention=True, cache_type=cache_type, threads=1)
     one = run_logits(engine, case.gguf, ids, options)
-    for threads in counts:
-        many = run_logits(engine, case.gguf, ids, replace(options, threads=threads))
-        np.testing.assert_array_equal(one, many, f"{threads} threads")
+    for count in counts:
+        many = run_logits(engine, case.gguf, ids, replace(options, threads=count))
+        np.testing.assert_array_equal(one, many, f"{count} threads")
+
+
+# The heads of the 48B, and a prompt whose keys are many splits.
+HEADS = Spec(layers="KM", heads=32, kda_head_dim=128, kv_lora=512, nope=128, rope=64, v_dim=128, seed=52)
+PROMPT, SIZES = 2048, range(1, 9)
+THREADS = (1, 2, 7, 33, 100)
+LONG = np.random.default_rng(52).integers(0, VOCAB_SIZE, PROMPT + sum(SIZES))
+WITHOUT_MLA = "conv,scan,moe,fuse,batch"  # all of KIMI_OPS but mla
+
+
+@pytest.fixture(scope="module")
+def full_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_gguf(tmp_path_factory.mktemp("full"), HEADS)
+
+
+@pytest.mark.parametrize(
+    "cache_type",
+    [
+        pytest.param("F32", marks=pytest.mark.full),
+        "F16",
+        "Q8_0",
+        pytest.param("Q4_0", marks=pytest.mark.full),
+    ],
+)
+def test_small_batches_after_a_long_prompt_have_the_same_bits_for_any_number_of_threads(
+    cache_type: str, full_heads: Path, engine: Engine
+) -> None:
+    """The absorbed form alone, and KDA_SCAN in steps. Upstream's kernel in another context: it has other bits."""
+    small = [fetch(0, "prompt"), *batches(LONG, SIZES, PROMPT)]
+    steps = [threads(2), decode(*text(0, LONG[:PROMPT]), wanted=[]), store(0, "prompt")]
+    steps += [context(KIMI_OPS=WITHOUT_MLA), *small, use(0)]
+    for count in THREADS:
+        steps += [threads(count), *small]
+    setup = Setup(flash_attention=True, cache_type=cache_type, cells=2560)
+    played = play(engine, full_heads, setup, steps, **LISTED, KIMI_OPS="require")
+
+    upstreams, one, *others = np.split(played.logits, 1 + len(THREADS))
+    for count, many in zip(THREADS[1:], others, strict=True):
+        np.testing.assert_array_equal(one, many, f"{count} threads")
+    assert not (one == upstreams).all()
+    last = operators_in(played.log)
+    assert {"FLASH_ATTN", "KDA_SCAN"} < last and "LATENT_ATT" not in last
+    assert first_chunked() > max(SIZES)
 
 
 @pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])

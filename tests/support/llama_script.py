@@ -73,6 +73,15 @@ def together(ids: NDArray[np.int64], *positions: int | None) -> Step:
     return decode(*((s, n, int(ids[s][n])) for s, n in enumerate(positions) if n is not None))
 
 
+def batches(ids: NDArray[np.int64], sizes: Sequence[int], first: int = 0) -> list[Step]:
+    """Batches of one sequence from position `first` on, one after the other; all tokens give logits."""
+    steps = []
+    for size in sizes:
+        steps.append(decode(*text(0, ids[first : first + size], first)))
+        first += size
+    return steps
+
+
 def pauses(ids: NDArray[np.int64]) -> list[Step]:
     """Sequences that come, pause and go, after prompts of 5, 6 and 7 tokens."""
     return [
@@ -175,6 +184,21 @@ def copy(sequence: int, to: int) -> Step:
 def keep(sequence: int) -> Step:
     """Remove all other sequences."""
     return ["keep", sequence]
+
+
+def threads(count: int) -> Step:
+    """Set the number of threads from here on."""
+    return ["threads", count]
+
+
+def store(sequence: int, name: str) -> Step:
+    """Keep the state of a sequence in memory under a name. Whether it was saved is in `Played.removed`."""
+    return ["store", sequence, name]
+
+
+def fetch(sequence: int, name: str) -> Step:
+    """Give a sequence the state that was stored under a name."""
+    return ["fetch", sequence, name]
 
 
 def context(**environment: str) -> Step:
