@@ -41,8 +41,13 @@ def compile_program(
 
 def compile_backend(engine: Engine, folder: Path) -> Path:
     """Compile native/second_backend.cpp into a shared library that ggml_backend_load can load."""
-    library = folder / "libsecond.so"
-    _compile(engine, [NATIVE / "second_backend.cpp"], library, ["-fPIC", "-shared"])
+    return compile_library(engine, "second_backend.cpp", folder)
+
+
+def compile_library(engine: Engine, name: str, folder: Path) -> Path:
+    """Compile tests/native/NAME into a shared library in `folder`, linked to the build's ggml."""
+    library = folder / f"lib{Path(name).stem}.so"
+    _compile(engine, [NATIVE / name], library, ["-fPIC", "-shared"])
     return library
 
 
