@@ -295,12 +295,13 @@ static Division divide(const ggml_tensor * product, const Format & format, const
         n_used += starts[m + 1] > starts[m] ? 1 : 0;
     }
     const bool    dots    = uses_dots(format, product, largest);
+    const bool    mostly  = uses_dots(format, product, starts[n_matrices] / std::max<int64_t>(1, n_used));
     const int64_t step    = dots ? DOT_ROWS : PANEL_ROWS;
     const int64_t n_steps = (product->src[0]->ne[1] + step - 1) / step;
     if (ggml_is_numa()) {
         return { step, std::min<int64_t>(n_steps, nth), MAX_COLUMNS };
     }
-    const int64_t share     = dots ? n_used * n_steps / (TASKS_PER_THREAD * nth) : 0;
+    const int64_t share     = mostly ? n_used * n_steps / (TASKS_PER_THREAD * nth) : 0;
     const int64_t few_steps = TASK_ROWS / step;
     const int64_t max_steps = std::max(share, few_steps);
     const auto    fewer     = [&](int64_t n) { return n > few_steps ? std::max(n / 2, few_steps) : n / 2; };
