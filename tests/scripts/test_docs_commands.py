@@ -105,6 +105,7 @@ SPANS_ELSEWHERE = (
     (r"python -m kimi_gguf.scripts.estimate_arm", "tests/scripts/test_estimate_arm.py"),
     (r"python -m kimi_gguf.scripts.gpu_memory", "tests/scripts/test_gpu_memory.py"),
     (r"python -m kimi_gguf.scripts.latent_counts", "tests/ops/test_latent_counts.py"),
+    (r"python -m kimi_gguf.scripts.kda_terms", "tests/scripts/test_kda_terms.py"),
     (r"python -m kimi_gguf.scripts.synthetic_checkpoint", "tests/convert/test_synthetic_checkpoint.py"),
 )  # fmt: skip
 OTHER_PROGRAMS = (
