@@ -276,6 +276,7 @@ constexpr int FINISH_WARPS = 8;
 template <int D>
 static __global__ void __launch_bounds__(FINISH_WARPS * WARP)
     finish_kernel(const scan_args args, const token_range range) {
+    wait_for_previous();
     const int h = blockIdx.y;
     const int s = blockIdx.z;
     const int t = range.begin + blockIdx.x * FINISH_WARPS + threadIdx.x / WARP;
@@ -290,7 +291,7 @@ static __global__ void __launch_bounds__(FINISH_WARPS * WARP)
 
 template <int D> static void launch_finish(const scan_args & args, const token_range & range, cudaStream_t stream) {
     const dim3 grid((range.end - range.begin + FINISH_WARPS - 1) / FINISH_WARPS, args.n_heads, args.n_seqs);
-    finish_kernel<D><<<grid, FINISH_WARPS * WARP, 0, stream>>>(args, range);
+    launch_early<finish_kernel<D>>(grid, FINISH_WARPS * WARP, 0, stream, args, range);
 }
 
 template <int D, int ROWS>

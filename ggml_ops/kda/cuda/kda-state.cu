@@ -3,6 +3,7 @@
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
 #include "kda-device.cuh"
+#include "kimi-launch.cuh"
 
 namespace kda_cuda {
 
@@ -15,6 +16,7 @@ static __device__ __forceinline__ void copy_state(const float * from, float * to
 }
 
 static __global__ void __launch_bounds__(COPY_THREADS) copy_states_kernel(const states st, const int64_t size) {
+    wait_for_previous();
     if (!rows_conflict(st)) {
         return;
     }
@@ -25,6 +27,7 @@ static __global__ void __launch_bounds__(COPY_THREADS) copy_states_kernel(const 
 
 static __global__ void __launch_bounds__(COPY_THREADS)
     gather_states_kernel(const float * cache, const int32_t * rows, const int64_t size, float * out) {
+    wait_for_previous();
     copy_state(cache + rows[blockIdx.y] * size, out + blockIdx.y * size, size);
 }
 
@@ -36,7 +39,7 @@ static unsigned blocks_of(int64_t size) {
 void gather_states(
     const float * cache, const int32_t * rows, int64_t n, int64_t size, float * out, cudaStream_t stream) {
     const dim3 grid(blocks_of(size), n);
-    gather_states_kernel<<<grid, COPY_THREADS, 0, stream>>>(cache, rows, size, out);
+    launch_early<gather_states_kernel>(grid, COPY_THREADS, 0, stream, cache, rows, size, out);
 }
 
 void copy_states(const states & st, int64_t size, int n_slots, cudaStream_t stream) {
@@ -44,7 +47,7 @@ void copy_states(const states & st, int64_t size, int n_slots, cudaStream_t stre
         return;
     }
     const dim3 grid(blocks_of(size), st.n_seqs, n_slots);
-    copy_states_kernel<<<grid, COPY_THREADS, 0, stream>>>(st, size);
+    launch_early<copy_states_kernel>(grid, COPY_THREADS, 0, stream, st, size);
 }
 
 }  // namespace kda_cuda
