@@ -362,7 +362,7 @@ def attend(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> list[L
 
 
 def spares_copy(model: Model, kind: str, keys: int) -> bool:
-    """Whether upstream's F16 copy of the cache would be so large that ours always computes: `copy_is_too_large`."""
+    """Whether upstream's F16 copy of the cache would be so large that ours always computes: `rows_of_upstream`."""
     return kind in BLOCK_BYTES and ROW_BYTES["f16"] * keys > model.constants["largest copy"]
 
 

@@ -31,6 +31,8 @@ struct llama_kimi_ops {
     bool plain   = true;  // with mla: the plain graph instead of LATENT_ATTN
     bool require = false;
     bool exact   = false;
+
+    bool absorbed = false;  // not a name: latent attention stays absorbed, while memory is reserved for that
 };
 
 // Parses the value of KIMI_OPS, which may be nullptr. Throws std::runtime_error for an unknown name, and for `off`

@@ -39,7 +39,9 @@ bool ggml_cuda_latent_fast_sums(int) {
 #include "kimi-workspace.cuh"
 #include "latent-node.cuh"
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 
 // Which nodes of the absorbed form the kernels compute; upstream's are faster for others. Upstream converts caches other
 // than F16 to F16 at each step and then multiplies in one pass: reading the cache directly is faster with one block of
@@ -69,11 +71,18 @@ static constexpr limit limit_of(latent_cuda::cache_type type, bool fast_sums) {
 // Upstream reserves memory for its F16 copy of a cache. A quantized cache whose copy would be larger than this is always
 // read directly: from 116509 keys on.
 constexpr int64_t MAX_COPY = 128 << 20;
+constexpr int64_t F16_ROW  = latent_cuda::N_CACHE * sizeof(half);
 
-static bool copy_is_too_large(const latent_cuda::attention & args) {
+// The largest number of rows of the cache, of all streams, with which upstream's kernels compute a node of these sizes.
+static int64_t rows_of_upstream(const latent_cuda::attention & args, bool exact, bool fast_sums) {
     const bool    quantized = args.type == latent_cuda::cache_type::q8_0 || args.type == latent_cuda::cache_type::q4_0;
-    const int64_t n_rows    = (int64_t) args.n_streams * args.n_keys;
-    return quantized && n_rows * latent_cuda::N_CACHE * (int64_t) sizeof(half) > MAX_COPY;
+    const int64_t n_copied  = quantized ? MAX_COPY / F16_ROW : INT64_MAX;
+    const limit   most      = limit_of(args.type, fast_sums);
+    if (exact) {
+        return 0;
+    }
+    const bool is_wide = (int64_t) args.n_queries * args.n_heads > most.rows;
+    return is_wide ? n_copied : std::min(n_copied, (int64_t) args.n_streams * (most.keys - 1));
 }
 
 // Checks the compiled code, which may be for an older architecture than the device.
@@ -93,8 +102,9 @@ static void log_refusal(const char * reason) {
     }
 }
 
-// Whether the kernels compute the FLASH_ATTN_EXT node. The answer is the same before and after allocation.
-static bool takes(int device, const ggml_tensor * dst, latent_cuda::attention & args) {
+// Whether the kernels compute the FLASH_ATTN_EXT node. The answer is the same before and after allocation. n_upstream:
+// rows_of_upstream.
+static bool takes(int device, const ggml_tensor * dst, latent_cuda::attention & args, int64_t & n_upstream) {
     if (!has_kernels(device) || latent_cuda::misfit(dst)) {
         return false;
     }
@@ -105,18 +115,26 @@ static bool takes(int device, const ggml_tensor * dst, latent_cuda::attention & 
     const bool exact       = ggml_op_has_mark(dst, GGML_OP_MARK_EXACT);
     args.n_multiprocessors = ggml_cuda_info().devices[device].nsm;
     args.half_sums         = !exact && !ggml_cuda_latent_fast_sums(device);
-    const limit most       = limit_of(args.type, ggml_cuda_latent_fast_sums(device));
-    return exact || copy_is_too_large(args) || (args.n_queries * args.n_heads <= most.rows && args.n_keys >= most.keys);
+    n_upstream             = rows_of_upstream(args, exact, ggml_cuda_latent_fast_sums(device));
+    return (int64_t) args.n_streams * args.n_keys > n_upstream;
 }
 
 size_t ggml_cuda_latent_attention_size(int device, const ggml_tensor * dst) {
     latent_cuda::attention args;
-    return takes(device, dst, args) ? kimi_cuda::after_result(dst) + latent_cuda::workspace(args) : 0;
+    int64_t                n_upstream = 0;
+    if (!takes(device, dst, args, n_upstream)) {
+        return 0;
+    }
+    // llama.cpp reserves memory with a node that reads the whole cache. While fewer keys are in use, upstream's kernel
+    // computes the node and copies up to so many rows. The size is not smaller than that, so the buffer does not grow.
+    const size_t copy = args.type == latent_cuda::cache_type::f16 ? 0 : n_upstream * F16_ROW;
+    return kimi_cuda::after_result(dst) + std::max(latent_cuda::workspace(args), copy);
 }
 
 bool ggml_cuda_latent_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     latent_cuda::attention args;
-    if (!takes(ctx.device, dst, args)) {
+    int64_t                n_upstream = 0;
+    if (!takes(ctx.device, dst, args, n_upstream)) {
         return false;
     }
     GGML_ASSERT(latent_cuda::refused(args) == nullptr);

@@ -203,7 +203,7 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
                               const llama_layer &            layer,
                               int                            il) {
     const llama_kimi_ops & ops = g.cparams.kimi_ops;
-    if (!layer.wk_b || !layer.wv_b || !g.cparams.flash_attn || !ops.mla) {
+    if (!layer.wk_b || !layer.wv_b || !g.cparams.flash_attn || !ops.mla || ops.absorbed) {
         return false;
     }
     ggml_tensor * k         = cache_of(g, inp, il);

@@ -33,8 +33,9 @@ static bool taken(const LatentShape & shape, int capability = 800, int n_kv_max 
     return yes;
 }
 
-// The same from the node's sizes alone: nothing is computed, and there is data for a few keys only.
-static bool offered(LatentShape shape, int capability = 800) {
+// The node's memory by its sizes alone, 0 if upstream computes it: nothing is computed, and there is data for a few keys
+// only.
+static size_t size_of(LatentShape shape, int capability = 800) {
     standin_capability   = capability;
     const int64_t n_keys = shape.n_keys;
     shape.n_keys         = 70;
@@ -44,7 +45,11 @@ static bool offered(LatentShape shape, int capability = 800) {
         node->src[source]->ne[1] = n_keys;
     }
     node->src[3]->ne[0] = n_keys;
-    return ggml_cuda_latent_attention_size(0, node) > 0;
+    return ggml_cuda_latent_attention_size(0, node);
+}
+
+static bool offered(const LatentShape & shape, int capability = 800) {
+    return size_of(shape, capability) > 0;
 }
 
 // Whether the decompressed node of this shape is supported. Its result has to be correct then.
@@ -158,6 +163,38 @@ static void test_absorbed() {
     CHECK(!taken(small));
 }
 
+// llama.cpp reserves memory with the node that reads the whole cache. Where upstream's kernels compute the same node with
+// fewer keys, they need its result and an F16 copy of those rows.
+static void test_memory_of_fewer_keys() {
+    constexpr size_t  ROW    = 2 * 576;
+    const auto        result = [](const LatentShape & s) { return sizeof(float) * 512 * s.n_rows(); };
+    const LatentShape one    = with_heads(LatentShape(), 1);
+    const LatentShape many   = with_heads(one, 2).with(40, 0);
+    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        for (const int capability : { 900, 1200 }) {
+            LatentShape shape = with_cache(many, type);
+            // ours needs less than the largest copy, also with a longer cache and in several streams
+            CHECK(size_of(shape.with(40, 116509), capability) == result(shape) + 116508 * ROW);
+            CHECK(size_of(shape.with(40, 1048576), capability) == result(shape) + 116508 * ROW);
+            shape.n_streams = 3;
+            CHECK(size_of(shape.with(40, 65536), capability) == result(shape) + 116508 * ROW);
+            // one block of rows: upstream computes it only with a short cache
+            const size_t from = capability == 900 ? 4096 : 12289;
+            shape             = with_cache(one, type);
+            CHECK(size_of(shape.with(1, from), capability) == result(shape) + (from - 1) * ROW);
+            CHECK(size_of(shape.with(1, 1048576), capability) == result(shape) + (from - 1) * ROW);
+            shape.n_streams = 2;
+            CHECK(size_of(shape.with(1, 16384), capability) == result(shape) + 2 * (from - 1) * ROW);
+            // always ours: no copy
+            CHECK(size_of(exact(with_cache(many, type)).with(40, 116509), capability) < result(many) + 16 * 1024 * ROW);
+        }
+    }
+    const LatentShape bf16 = with_cache(one, GGML_TYPE_BF16).with(1, 65536);
+    CHECK(size_of(bf16) == result(bf16) + 4095 * ROW);
+    CHECK(size_of(with_cache(bf16, GGML_TYPE_F32)) == result(bf16) + 65535 * ROW);
+    CHECK(size_of(with_cache(bf16, GGML_TYPE_F16)) < result(bf16) + 1024 * ROW);
+}
+
 static void test_decompressed() {
     LatentShape few = LatentShape().with(3, 40);
     few.expand      = true;
@@ -184,6 +221,7 @@ static void test_decompressed() {
 
 int main() {
     test_absorbed();
+    test_memory_of_fewer_keys();
     test_decompressed();
     CHECK(standin_allocations == 0);  // what llama.cpp does not know of
     printf("all as it should be\n");
