@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,43 @@ def test_how_much_ggml_cuda_launches_for_a_token(
     assert f"| {graph} | {nodes} | {launches} |\n" in (OPERATORS / "kda" / "README.md").read_text()
 
 
+# Steps of an MLA layer by the names of their last nodes, as the README groups them; nodes without a name are `node`.
+STEPS = {
+    "norms": ("attn_norm", "node RMS_NORM MUL", "ffn_norm"),
+    "q and kv_a": ("node MUL_MAT", "node MUL_MAT MUL_MAT"),
+    "k_b": ("q_nope_absorbed",),
+    "q and the new key put together, the key stored": ("Qcur", "Kcur", "cache_k (view)"),
+    "attention": ("node FLASH_ATTN_EXT",),
+    "v_b, and its result made contiguous": ("fattn_mla", "fattn_mla (permuted) (cont)"),
+    "output matmul with the residual": ("ffn_inp",),
+    "router": ("ffn_moe_logits", "ffn_moe_weights_scaled"),
+    "experts: gate and up, down": ("ffn_moe_swiglu", "ffn_moe_down"),
+    "experts: weighted sum": ("ffn_moe_weighted", "ffn_moe_out"),
+    "shared expert: gate, up and SwiGLU": ("ffn_gate", "ffn_up", "ffn_swiglu"),
+    "shared expert: down with the sum, residual": ("ffn_out", "l_out"),
+}
+
+
+def launches_of_steps(log: Path) -> Counter[str]:
+    """Launches by steps, without numbers of layers and nodes, in the last graph of SECOND_LAUNCHES."""
+    launches = Counter[str]()
+    for line in log.read_text().rstrip("\n").split("\n\n")[-1].splitlines():
+        count, name, operators = line.split("\t")
+        name = re.sub(r"-\d+|(?<=cache_k)_l\d+", "", name)
+        launches[f"node {operators.strip()}" if name.startswith("node_") else name] += int(count)
+    return launches
+
+
+def launch_table(upstream: Counter[str], ours: Counter[str]) -> list[str]:
+    """The beginnings of the README's rows."""
+    assert {*upstream, *ours} == {name for names in STEPS.values() for name in names}
+    counts = {
+        step: [sum(each[name] for name in names) for each in (upstream, ours)]
+        for step, names in STEPS.items()
+    }
+    return [f"| {step} | {before} | {after} |" for step, (before, after) in counts.items()]
+
+
 # Layer -> layers of two models that differ by one such layer, with experts; most launches, as a share of upstream's.
 ONE_LAYER = {"KDA": ("KM", "KKM", 0.6), "MLA": ("KM", "KMM", 1.05)}
 
@@ -252,18 +290,25 @@ def test_how_much_ggml_cuda_launches_for_a_layer(
     *models, most = ONE_LAYER[layer]
     setup = Setup(flash_attention=True, cache_type="F16")
     steps = [together(IDS, i) for i in range(4)]
-    counts = {}
+    counts, steps_of_layer = {}, {}
     for operators in ("off", ""):
-        of_models = []
+        of_models, of_steps = [], list[Counter[str]]()
         for layers in models:
             model = make_gguf(tmp_path / f"{layers}-{operators}", replace(PUBLISHED, layers=layers), "Q8_0")
             log = tmp_path / f"{layers}-{operators}.log"
-            graphs = graphs_of(engine, model, backend, setup, steps, log, KIMI_OPS=operators)
+            steps_log = tmp_path / f"{layers}-{operators}.steps"
+            told = {"KIMI_OPS": operators, "SECOND_LAUNCHES": str(steps_log)}
+            graphs = graphs_of(engine, model, backend, setup, steps, log, **told)
             of_models.append(int(graphs[-1][-1]))
+            of_steps.append(launches_of_steps(steps_log))
         counts[operators] = of_models[1] - of_models[0]
+        steps_of_layer[operators] = of_steps[1] - of_steps[0]
     assert counts[""] <= most * counts["off"]
+    page = (OPERATORS / "kda" / "README.md").read_text()
     row = f"| {layer} | {counts['off']} | {counts['']} | {100 * counts[''] / counts['off']:.0f} % |\n"
-    assert row in (OPERATORS / "kda" / "README.md").read_text()
+    assert row in page
+    for row in launch_table(*(steps_of_layer[each] for each in ("off", ""))) if layer == "MLA" else ():
+        assert row in page, row
 
 
 # Cache type, KIMI_OPS, compute capability and heads -> number of queries from which LATENT_ATTN is used, with as many
@@ -388,9 +433,11 @@ CELLS = 16384
 LATENT_ROW = 576
 
 
-def compute_buffer(engine: Engine, model: Path, backend: Path, setup: Setup, operators: str) -> float:
+def compute_buffer(
+    engine: Engine, model: Path, backend: Path, setup: Setup, operators: str, cells: int = CELLS
+) -> float:
     """MiB that llama.cpp reserves on the device for nodes, which is what --fit and the memory breakdown count."""
-    chosen = replace(setup, backend=str(backend), n_gpu_layers=99, flash_attention=True, cells=CELLS)
+    chosen = replace(setup, backend=str(backend), n_gpu_layers=99, flash_attention=True, cells=cells)
     log = play(engine, model, chosen, [together(IDS, 0)], KIMI_OPS=operators).log
     return float(COMPUTE_BUFFER.findall(log)[-1])
 
@@ -407,7 +454,26 @@ def test_no_f16_copy_of_the_cache_is_reserved_where_our_kernels_compute(
     copy = CELLS * LATENT_ROW * 2 / 2**20
     assert upstream > copy
     assert (ours > copy) is copied
-    assert copied or upstream - ours > 0.8 * copy
+    assert copied or upstream - ours > 0.7 * copy  # the copy of 4095 keys is reserved
+
+
+# The most keys that are copied by llama.cpp's padding, and the most queries with this copy: LATENT_ATTN takes
+# more. With more keys there is no copy, and LATENT_ATTN takes 192 queries and more.
+COPIED_KEYS, COPIED_QUERIES = 116480, 175
+
+
+@pytest.mark.parametrize("n_ubatch", [64, 200])
+@pytest.mark.parametrize("cells", [COPIED_KEYS, 131072])
+def test_the_copy_that_fewer_keys_need_is_reserved(
+    cells: int, n_ubatch: int, backend: Path, published: Path, engine: Engine
+) -> None:
+    """Of a cache that is in use in part, also if other kernels compute all of it, or a larger ubatch."""
+    copy = COPIED_KEYS * LATENT_ROW * 2 / 2**20
+    mask = COPIED_KEYS * min(n_ubatch, COPIED_QUERIES) * 2 / 2**20
+    setup = Setup(cache_type="Q8_0", n_ubatch=n_ubatch)
+    needed = compute_buffer(engine, published, backend, setup, "", cells)
+    assert copy + mask < needed < 1.25 * (copy + mask)
+    assert compute_buffer(engine, published, backend, setup, "exact", cells) < copy
 
 
 def test_the_scratch_of_latent_attn_is_reserved(backend: Path, published: Path, engine: Engine) -> None:
