@@ -67,7 +67,7 @@ token, and upstream's attention runs.
 
     .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md
 
-{version}; {options}. Of the sources {digest} (without comments).
+{version}; {options}. Digest of the sources without comments: {digest}.
 
 {table}
 """

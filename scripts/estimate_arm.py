@@ -162,7 +162,7 @@ PAGE = """\
 
 Written by `python -m kimi_gguf.scripts.estimate_arm`; do not edit. No ARM CPU was available: these are predictions of
 llvm-mca (LLVM 16), with all data in L1, compiled by {compiler}.
-Of the sources {digest} (without comments).
+Digest of the sources without comments: {digest}.
 LLVM 16 gives the Neoverse V2 the model of the N2, which has two vector units (V2: four). For it, `fmov` to a vector
 register is replaced by `dup`, because llvm-mca makes `fmov` wait for the register's upper half. LLVM 16 gives the
 Cortex-A510 the model of the Cortex-A55. Its newest model of an Apple core is of 2013. Figures of Apple cores are
@@ -192,17 +192,18 @@ interleaved figures are of `sdot`.
 A share of 100 % is not possible. Weights and activations are loaded. Sums are converted, multiplied with factors and
 scales, and added; minima are subtracted. The limit is the share of a tile that has only these instructions, as many of
 each as the compiled tile, and none of which waits for the result of another one. llvm-mca computes it for two orders:
-one kind of instruction after the other, or all kinds evenly mixed. The faster order counts; a third one may be a little
-faster. The difference between the share and its limit is waiting, and instructions that are not counted: moves, copies,
-zeroing, transposing, and loads and stores on the stack. Another algorithm could have another limit.
+one kind of instruction after the other, or all kinds evenly mixed. The faster order counts; another order may be a
+little faster. The difference between the share and its limit is waiting, and instructions that are not counted: moves,
+copies, zeroing, transposing, and loads and stores on the stack. Another algorithm could have another limit.
 
 The table has the vector instructions of a tile: dot products of weights + other arithmetic; loads and stores; those
 that are not counted.
 
 {instructions}
 In LLVM's model of the Cortex-A55, and so in that of the A510, a dot product and a load of 128 bits are never issued in
-the same cycle. So loads limit the share, too. The Neoverse N2 has one unit for conversions and for products of integers
-that are not dot products. A conversion of four sums takes it for two cycles. This limits Q4_0 with i8mm.
+the same cycle. So loads limit the share, too. In LLVM's model of the N2, which stands for the V2 here, there is one
+unit for conversions and for products of integers that are not dot products. A conversion of four sums takes it for two
+cycles. This limits Q4_0 with i8mm.
 
 The Cortex-A55 executes instructions in order. A dot product can follow another one with the same sum after four cycles.
 So the code loads weights ahead, and adds to eight sums in turn. [Orders that the compiler

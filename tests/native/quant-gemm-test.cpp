@@ -434,15 +434,16 @@ static bool is_copied(ggml_type type, bool experts) {
     return copied;
 }
 
-// Weights are copied with NEON if upstream multiplies them interleaved (types of 32 values); experts, and with i8mm two of
-// these types, on request only. With AVX-512 weights are copied if the kernels multiply them interleaved and copies are
-// requested, else not.
+// On request, weights are copied with NEON if upstream multiplies them interleaved (types of 32 values). Without a request
+// only Q4_0 and Q8_0 are, without i8mm, and no experts. With AVX-512 weights are copied if the kernels multiply them
+// interleaved and copies are requested, else not.
 static void check_copies(const char * setting, bool requested) {
     setenv("KIMI_REPACK", setting, 1);
     const std::set<ggml_type> with_neon = { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4 };
-    const std::set<ggml_type> with_i8mm = { GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4 };
     const char *              i8mm      = getenv("KIMI_I8MM");  // only our sources may have it (share_upstreams)
-    const auto &              unasked   = i8mm != nullptr && *i8mm == '1' ? with_i8mm : with_neon;
+    const bool                has_i8mm  = i8mm != nullptr && *i8mm == '1';
+    const std::set<ggml_type> unasked =
+        has_i8mm ? std::set<ggml_type>() : std::set<ggml_type>{ GGML_TYPE_Q4_0, GGML_TYPE_Q8_0 };
     for (const Kind & kind : kinds) {
         if (kind.repack) {
             continue;

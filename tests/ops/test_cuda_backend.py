@@ -303,6 +303,7 @@ def test_how_much_ggml_cuda_launches_for_a_layer(
             of_steps.append(launches_of_steps(steps_log))
         counts[operators] = of_models[1] - of_models[0]
         steps_of_layer[operators] = of_steps[1] - of_steps[0]
+        assert of_steps[0] + steps_of_layer[operators] == of_steps[1]
     assert counts[""] <= most * counts["off"]
     page = (OPERATORS / "kda" / "README.md").read_text()
     row = f"| {layer} | {counts['off']} | {counts['']} | {100 * counts[''] / counts['off']:.0f} % |\n"
@@ -457,8 +458,8 @@ def test_no_f16_copy_of_the_cache_is_reserved_where_our_kernels_compute(
     assert copied or upstream - ours > 0.7 * copy  # the copy of 4095 keys is reserved
 
 
-# The most keys that are copied by llama.cpp's padding, and the most queries with this copy: LATENT_ATTN takes
-# more. With more keys there is no copy, and LATENT_ATTN takes 192 queries and more.
+# The largest multiple of 256 keys (llama.cpp's padding) whose copy is allowed, and the largest number of queries that stays
+# absorbed with so many keys. With more keys there is no copy, and the number is 191.
 COPIED_KEYS, COPIED_QUERIES = 116480, 175
 
 

@@ -24,7 +24,7 @@ from kimi_gguf.validate.llama import RunOptions, run_logits
 pytestmark = pytest.mark.engine
 
 TOKENS = 96
-LONGEST = 60  # seconds; a program that needs about 2 is stopped and fails the test
+LONGEST = 60  # seconds. The programs need about 2; one that is stopped fails the test.
 # All experts are used, so that no near tie of the router changes which of them are compared.
 SPEC = Spec(layers="KM", hidden=96, intermediate=160, moe_intermediate=64, experts=2, experts_used=2, seed=60)
 

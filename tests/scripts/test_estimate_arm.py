@@ -118,7 +118,7 @@ def test_the_limit_counts_what_computes_loads_and_stores() -> None:
 def test_the_page_is_of_the_sources_and_the_text_of_now() -> None:
     again = "write it again: python -m kimi_gguf.scripts.estimate_arm"
     page = (estimate_arm.ROOT / "docs" / "arm-estimates.md").read_text()
-    assert f"Of the sources {sources_digest()} " in page, again
+    assert f"Digest of the sources without comments: {sources_digest()}." in page, again
     for text, *_ in Formatter().parse(PAGE):
         assert text in page, again
     for each in (*PROMPTS, *DECODING):

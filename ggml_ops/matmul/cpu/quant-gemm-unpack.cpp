@@ -122,8 +122,9 @@ unpack(const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t
     }
 }
 
-// The number of columns from which panels are faster. with_avx512: measured for each type. With AVX2, dot products have
-// four columns at once, and more take a second pass; for AVX-VNNI and NEON there are older measurements and estimates.
+// The number of columns from which panels are faster. `with_avx512` was measured for each type. With AVX2, dot products
+// have four columns at once, and more columns take a second pass; 5 and 6 were measured on a Zen 3. The numbers for NEON,
+// and for quantized types with AVX-VNNI, are older.
 static constexpr int least_columns(Scheme scheme, int with_avx512) {
     if (QUANT_GEMM_AVX512) {
         return with_avx512;

@@ -295,7 +295,9 @@ static Division divide(const ggml_tensor * product, const Format & format, const
         n_used += starts[m + 1] > starts[m] ? 1 : 0;
     }
     const bool    dots    = uses_dots(format, product, largest);
-    const bool    mostly  = uses_dots(format, product, starts[n_matrices] / std::max<int64_t>(1, n_used));
+    const int64_t average = starts[n_matrices] / std::max<int64_t>(1, n_used);
+    // a long task of a matrix with many columns would hold up the other threads
+    const bool    mostly  = dots || (largest <= FEW_COLUMNS && uses_dots(format, product, average));
     const int64_t step    = dots ? DOT_ROWS : PANEL_ROWS;
     const int64_t n_steps = (product->src[0]->ne[1] + step - 1) / step;
     if (ggml_is_numa()) {
