@@ -1,9 +1,9 @@
 """Computes the error of KDA_SCAN in chunks on CUDA, by the number of terms of each matmul of its second kernel.
 
 The kernels split every factor into two bf16 numbers and multiply three times: hi·hi + hi·lo + lo·hi. Two matmuls
-would do if the right-hand factors (-w, P q, A and R k, kda-scan-chunk.cuh) were one F16 number, and the state and U the
-sum of two. This script shows that the error is then too large. It rounds factors in both ways, with exponents of any size. Everything else is float64, so the
-errors are those of the terms alone.
+would do if the right-hand factors (-w, P q, A and R k, kda-scan-chunk.cuh) were one F16 number, and the state and U
+the sum of two. This script shows that the error is then too large. It rounds factors in both ways, with exponents of
+any size. Everything else is float64, so the errors are those of the terms alone.
 
 Output: a table of the NMSE of the output before its norm, and of the final state. The inputs are one head of 128, as in
 tests/native/kda-cases.h. The NMSE is the largest of some draws.

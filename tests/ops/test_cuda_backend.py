@@ -458,8 +458,8 @@ def test_no_f16_copy_of_the_cache_is_reserved_where_our_kernels_compute(
     assert copied or upstream - ours > 0.7 * copy  # the copy of 4095 keys is reserved
 
 
-# The largest multiple of 256 keys (llama.cpp's padding) whose copy is allowed, and the largest number of queries that stays
-# absorbed with so many keys. With more keys there is no copy, and the number is 191.
+# The largest multiple of 256 keys (llama.cpp's padding) whose copy is allowed, and the largest number of queries that
+# stays absorbed with so many keys. With more keys there is no copy, and the number is 191.
 COPIED_KEYS, COPIED_QUERIES = 116480, 175
 
 
