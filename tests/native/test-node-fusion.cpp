@@ -65,13 +65,17 @@ struct program {
         return t;
     }
 
-    // a quantized weight; repacked: in ggml-cpu's own layout
+    // a quantized weight; repacked: in ggml-cpu's own layout, if it has one
     ggml_tensor * weight(ggml_type type, int64_t columns, int64_t rows, bool repacked) {
         ggml_tensor *              t   = ggml_new_tensor_2d(ctx, type, columns, rows);
         ggml_backend_buffer_type_t own = repacked ? repack_buffer_type() : nullptr;
         if (own != nullptr) {
             buffers.push_back(ggml_backend_buft_alloc_buffer(own, ggml_nbytes(t) + 64));
             ggml_backend_tensor_alloc(buffers.back(), t, ggml_backend_buffer_get_base(buffers.back()));
+            if (t->extra == nullptr) {  // this processor has no layout for the type, such as Q2_K without AVX-512
+                t->buffer = nullptr;
+                t->data   = nullptr;
+            }
         }
         if (t->data == nullptr) {
             buffers.push_back(ggml_backend_alloc_buffer(backend, ggml_nbytes(t) + 64));
