@@ -297,8 +297,8 @@ def test_how_much_ggml_cuda_launches_for_a_layer(
             model = make_gguf(tmp_path / f"{layers}-{operators}", replace(PUBLISHED, layers=layers), "Q8_0")
             log = tmp_path / f"{layers}-{operators}.log"
             steps_log = tmp_path / f"{layers}-{operators}.steps"
-            told = {"KIMI_OPS": operators, "SECOND_LAUNCHES": str(steps_log)}
-            graphs = graphs_of(engine, model, backend, setup, steps, log, **told)
+            switches = {"KIMI_OPS": operators, "SECOND_LAUNCHES": str(steps_log)}
+            graphs = graphs_of(engine, model, backend, setup, steps, log, **switches)
             of_models.append(int(graphs[-1][-1]))
             of_steps.append(launches_of_steps(steps_log))
         counts[operators] = of_models[1] - of_models[0]
