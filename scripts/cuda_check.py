@@ -30,6 +30,7 @@ from kimi_gguf.engine.errors import EngineError, install
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree
+from kimi_gguf.scripts.stripped_sources import stripped
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = ROOT / "ggml_ops"
@@ -117,11 +118,7 @@ def cuda_sources() -> list[Path]:
 
 def sources_text() -> str:
     """Our CUDA sources, without comments and blank lines."""
-    files = [*cuda_sources(), *OPERATORS.glob("*/cuda/*.cuh")]
-    code = (
-        line.partition("//")[0].split() for file in sorted(files) for line in file.read_text().splitlines()
-    )
-    return "\n".join(" ".join(words) for words in code if words)
+    return stripped(sorted([*cuda_sources(), *OPERATORS.glob("*/cuda/*.cuh")]))
 
 
 def sources_digest() -> str:

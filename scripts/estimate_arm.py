@@ -26,6 +26,7 @@ from kimi_gguf.bench.report import markdown
 from kimi_gguf.engine.builds import upstream_source
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.patches.pin import load_pin
+from kimi_gguf.scripts.stripped_sources import stripped
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ROOT / "ggml_ops" / "matmul" / "cpu"
@@ -493,10 +494,9 @@ def sources_digest() -> str:
     for file in files:
         for name in re.findall(r'#include "(.*)"', file.read_text()):
             files += [path for path in (OURS / name, COMMON / name) if path.exists() and path not in files]
-    code = (line.partition("//")[0].split() for file in files for line in file.read_text().splitlines())
     script = re.sub(r'(?ms)^PAGE = """.*?"""$|^ *"""[^\\].*?"""$|^ *#.*?$', "", Path(__file__).read_text())
-    lines = [*code, *(line.split() for line in script.splitlines())]
-    text = load_pin().archive_sha256 + "\n".join(" ".join(words) for words in lines if words)
+    lines = (" ".join(line.split()) for line in script.splitlines())
+    text = "\n".join([load_pin().archive_sha256, stripped(files), *filter(None, lines)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
