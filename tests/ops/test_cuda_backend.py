@@ -94,9 +94,9 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def symbols(library: Path, which: str) -> set[str]:
     """Names that a library defines, or requires from elsewhere."""
-    told = subprocess.run(["nm", "-D", which, library], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(["nm", "-D", which, library], capture_output=True, text=True, check=True).stdout
     kinds = "U" if which == "--undefined-only" else "BDRTVW"
-    return {line.split()[-1] for line in told.splitlines() if line.split()[-2] in kinds and "@" not in line}
+    return {line.split()[-1] for line in said.splitlines() if line.split()[-2] in kinds and "@" not in line}
 
 
 def write_missing(library: Path, engine: Engine, source: Path) -> Path:
@@ -132,8 +132,8 @@ def test_upstreams_comparison_of_devices(
 ) -> None:
     cases, count, copied = COMPARED[operator]
     log = tmp_path / "log"
-    told = {"GGML_BACKEND_PATH": str(backend), "SECOND_LOG": str(log), "GGML_NO_BACKTRACE": "1"}
-    assert passed_cases(engine, "SECOND0", operator, "-p", cases, **told) > count
+    environment = {"GGML_BACKEND_PATH": str(backend), "SECOND_LOG": str(log), "GGML_NO_BACKTRACE": "1"}
+    assert passed_cases(engine, "SECOND0", operator, "-p", cases, **environment) > count
     kernel = f"SECOND0 kernel {operator}"
     assert ran(log) == {kernel, *([f"{kernel} and its copy"] if copied else [])}
 
@@ -378,8 +378,8 @@ def graphs_of(
 def test_rollback_of_states_on_the_device(
     order: str, backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    told = {"KIMI_CUDA_ORDER": order, "KIMI_OPS": "conv,scan,require"}
-    roll_back_on_device(engine, model, backend, ALL, tmp_path / "log", **told)
+    environment = {"KIMI_CUDA_ORDER": order, "KIMI_OPS": "conv,scan,require"}
+    roll_back_on_device(engine, model, backend, ALL, tmp_path / "log", **environment)
     assert ran(tmp_path / "log") == {f"SECOND0 kernel {each} and its copy" for each in KDA}
 
 

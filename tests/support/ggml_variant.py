@@ -78,9 +78,9 @@ class Build:
     ) -> subprocess.CompletedProcess[str]:
         """Run a program of bin/, or one given by path, until it exits."""
         command = [*self.variant.runner, str(self.bin / program), *arguments]
-        told = {**os.environ, **self.variant.environment, **environment}
+        variables = {**os.environ, **self.variant.environment, **environment}
         return subprocess.run(
-            command, env=told, capture_output=True, text=True, check=False, errors="replace"
+            command, env=variables, capture_output=True, text=True, check=False, errors="replace"
         )
 
     def ninja(self, *arguments: str) -> str:

@@ -213,10 +213,10 @@ def use(number: int) -> Step:
 
 def play(engine: Engine, model: Path, setup: Setup, steps: Sequence[Step], **environment: str) -> Played:
     """Play the steps on a build. Raises `PlayError`."""
-    told = {**engine.environment(), **environment}
+    variables = {**engine.environment(), **environment}
     with (
         tempfile.NamedTemporaryFile(suffix=".npy") as logits,
-        Worker(str(WORKER), environment=told) as worker,
+        Worker(str(WORKER), environment=variables) as worker,
     ):
         try:
             removed = worker.ask(
