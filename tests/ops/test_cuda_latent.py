@@ -11,6 +11,7 @@ import pytest
 from cache_cases import CACHE_CASES
 from cuda_program import AMPERE, GEFORCE, NATIVE, OPERATORS, compile_with_ggml
 from native_program import run_program
+from selection import some_of
 
 from kimi_gguf.engine.builds import Engine
 
@@ -60,7 +61,7 @@ def test_the_default_is_accurate_in_every_draw(cache_type: str, cases: str, prog
 def test_blocks_of_64_rows_before_12_0(engine: Engine, tmp_path: Path) -> None:
     """They keep fewer words of q in shared memory than those for 12.0, which `program` has."""
     program = compile_with_ggml(engine, SOURCES, tmp_path / "ampere", include=INCLUDE, options=AMPERE)
-    assert ", 0 failed" in run_program(program, "absorbed", "q8_0", "q4_0", KIMI_CASES="9").stdout
+    assert ", 0 failed" in run_program(program, "absorbed", "q8_0", "q4_0", KIMI_CASES="23").stdout
 
 
 @pytest.mark.full  # compiling takes longest
@@ -72,15 +73,24 @@ def test_no_races_in_shared_memory(engine: Engine, tmp_path: Path) -> None:
         assert ", 0 failed" in run_program(program, form, *TYPES, KIMI_CASES=cases).stdout
 
 
-def test_which_nodes_of_ggml_are_taken(engine: Engine, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def glue(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels are those of `program`. With GEFORCE ggml's headers would include CUDA 13's: its side has none."""
-    program = compile_with_ggml(
+    return compile_with_ggml(
         engine,
         [GLUE, NATIVE / "latent-glue-test.cu"],
-        tmp_path / "glue",
+        tmp_path_factory.mktemp("glue") / "glue",
         include=INCLUDE,
         others=(KERNELS, GEFORCE),
     )
-    ended = run_program(program)
+
+
+def test_which_nodes_of_ggml_are_taken(glue: Path) -> None:
+    ended = run_program(glue)
     assert ended.stdout == "all as it should be\n"
     assert ended.stderr.count("latent attention: FLASH_ATTN_EXT converts its cache to F16: a type") == 1
+
+
+@pytest.mark.parametrize("capability", some_of(("900", "1200"), "1200"))
+def test_which_devices_add_in_halves(capability: str, glue: Path) -> None:
+    assert run_program(glue, capability).stdout == "all as it should be\n"

@@ -32,6 +32,7 @@ def test_products_groups_and_refusals(order: str, program: Path) -> None:
     assert ", 0 failed" in said
 
 
+@pytest.mark.full  # compiling takes minutes; the emulated device of test_cuda_backend.py is an older one, too
 def test_products_on_a_device_before_hopper(engine: Engine, tmp_path: Path) -> None:
     assert ", 0 failed" in run_program(compile_with_mmvq(engine, TEST, tmp_path)).stdout
 
