@@ -1,4 +1,4 @@
-"""C, C++ and CUDA sources without comments, to see whether what a page of estimates was made from has changed."""
+"""C, C++ and CUDA sources without comments, to see whether what a page was made from has changed."""
 
 from __future__ import annotations
 

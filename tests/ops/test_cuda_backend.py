@@ -132,8 +132,8 @@ def test_upstreams_comparison_of_devices(
 ) -> None:
     cases, count, copied = COMPARED[operator]
     log = tmp_path / "log"
-    environment = {"GGML_BACKEND_PATH": str(backend), "SECOND_LOG": str(log), "GGML_NO_BACKTRACE": "1"}
-    assert passed_cases(engine, "SECOND0", operator, "-p", cases, **environment) > count
+    variables = {"GGML_BACKEND_PATH": str(backend), "SECOND_LOG": str(log), "GGML_NO_BACKTRACE": "1"}
+    assert passed_cases(engine, "SECOND0", operator, "-p", cases, **variables) > count
     kernel = f"SECOND0 kernel {operator}"
     assert ran(log) == {kernel, *([f"{kernel} and its copy"] if copied else [])}
 
@@ -378,8 +378,8 @@ def graphs_of(
 def test_rollback_of_states_on_the_device(
     order: str, backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    environment = {"KIMI_CUDA_ORDER": order, "KIMI_OPS": "conv,scan,require"}
-    roll_back_on_device(engine, model, backend, ALL, tmp_path / "log", **environment)
+    variables = {"KIMI_CUDA_ORDER": order, "KIMI_OPS": "conv,scan,require"}
+    roll_back_on_device(engine, model, backend, ALL, tmp_path / "log", **variables)
     assert ran(tmp_path / "log") == {f"SECOND0 kernel {each} and its copy" for each in KDA}
 
 

@@ -39,7 +39,8 @@ def nvcc() -> Path:
 # The one for which the mma kernels are empty, and the one for which most is compiled; TIGHT also for two with less
 # shared memory. The others with --full: docs/cuda-registers.md has all, and test_cuda_roofline.py compares its digest.
 USUAL = (75, 90)
-TIGHT, SMALL = "latent-attend.cu", (86, 120)  # its kernels use every register
+TIGHT = "latent-attend.cu"  # its kernels use every register
+SMALL = (86, 120)
 
 
 def is_usual(source: Path, architecture: int) -> bool:
