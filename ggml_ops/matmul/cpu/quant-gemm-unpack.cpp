@@ -123,16 +123,16 @@ unpack(const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t
 }
 
 // The number of columns from which panels are faster. `with_avx512` was measured for each type. With AVX2, dot products
-// have four columns at once, and more columns take a second pass; 5 and 6 were measured on a Zen 3. The numbers for NEON,
-// and for quantized types with AVX-VNNI, are older.
+// have four columns at once, and more columns take a second pass; 5 and 6 were measured on a Zen 3, 5 also with AVX-VNNI
+// on a Zen 5. The numbers for NEON are older.
 static constexpr int least_columns(Scheme scheme, int with_avx512) {
     if (QUANT_GEMM_AVX512) {
         return with_avx512;
     }
-    if (is_plain(scheme)) {
-        return QUANT_GEMM_AVX2 ? 6 : 20;
+    if (QUANT_GEMM_AVX2) {
+        return is_plain(scheme) ? 6 : 5;
     }
-    return SUMS_OF_16_BITS ? 5 : 9;
+    return is_plain(scheme) ? 20 : 9;
 }
 
 template <typename R, typename Type>
