@@ -77,8 +77,8 @@ static inline Ints sums_of_rows(const RowSums & sums) {
 
 constexpr int SUM_VECTORS = sizeof(RowSums) / sizeof(Ints);
 
-// Prefetches part b of the next rows, of SIZE bytes, if there is anything `ahead`: into L1 with VNNI, which is faster on a
-// Zen 5 with two threads, else into L2.
+// Prefetches part b of the next rows, of SIZE bytes, if there is anything `ahead`. With VNNI into L1, which is faster than L2
+// on a Zen 5 with two threads; otherwise into L2.
 template <int SIZE> static inline __attribute__((always_inline)) void prefetch_part(const char * ahead, int b) {
     if (ahead != nullptr) {
         prefetch<SUMS_OF_16_BITS ? 2 : 3>(ahead + b * SIZE, SIZE);
@@ -235,8 +235,9 @@ template <typename Type, typename Block>
 constexpr size_t SLICE_SIZE = (Type::SCHEME == Scheme::q8_0 ? N_BLOCKS : 1) * sizeof(Block);
 
 // Whether the rows to be prefetched follow each other without gaps, and are prefetched in the order of memory, a part for
-// each block. That is faster with AVX2 (Zen 3), with AVX-VNNI except for two types (Zen 5), and with AVX-512 on a Zen 5,
-// where only IQ4_XS is computed here. Otherwise NextRows prefetches.
+// each block. That is faster with AVX2 (Zen 3), with AVX-VNNI except for Q6_K and MXFP4 (Zen 5; Intel was not measured), and
+// with AVX-512 on a Zen 5, where only IQ4_XS is computed here. Otherwise NextRows prefetches all at once, before the slice
+// is unpacked, on a Zen 5 also in the order of memory.
 template <typename Type, typename Block> static inline bool in_memory_order(const WeightRows & weights, int64_t k) {
     constexpr bool SLOWER = !SUMS_OF_16_BITS && IS_ONE_OF<Block, block_q6_K, block_mxfp4>;
     const bool     faster = QUANT_GEMM_AVX512 ? prefetches_in_order() : QUANT_GEMM_AVX2 && !SLOWER;
