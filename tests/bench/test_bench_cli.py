@@ -392,6 +392,14 @@ def test_a_page_takes_equal_cells_from_the_latest_record(tmp_path: Path) -> None
     assert re.findall(r"(?m)^- `kimi-llama bench (.*)", text) == commands
 
 
+def test_the_memory_table_is_of_the_latest_record_with_the_largest_cache() -> None:
+    records = [record(f"2026-01-0{day}", float(day)) for day in (1, 2, 3)]
+    for each, kv in zip(records, (45.0, 45.0, 2.2), strict=True):
+        each["models"][0]["about"]["contexts"] = {"patched, fa": {"kv": {"CPU": kv}, "of": each["created"]}}
+    contexts = merged(records[::-1])["m"]["model"]["about"]["contexts"]
+    assert contexts["patched, fa"]["of"] == records[1]["created"]
+
+
 def test_files_of_other_sizes_with_one_name_are_models_of_their_own(tmp_path: Path) -> None:
     records = [record(f"2026-01-0{day}", float(day)) for day in (1, 2, 3)]
     for each, nbytes in zip(records, (100, 200, 100), strict=True):
