@@ -345,6 +345,50 @@ template <Ints (*DECODE)(Ints), typename To> inline void give_nibbles(To & to, i
     }
 }
 
+#if QUANT_GEMM_AVX512
+
+// Whether slices of a type are read with their scales: 8 blocks of an F16 number and some words. Reading them apart takes
+// longer, because scales are not aligned and nearly every load of them crosses a cache line.
+template <typename Block, typename R> constexpr bool READS_SCALES = std::is_same_v<R, Rows> && !HAS_EXPONENT<Block>;
+
+// Reads 8 blocks of an F16 number and N words, 16 rows at once, and calls word(b, j, x) and to.scales. Two blocks are 2 N + 1
+// words: the first scale with half a word, N - 1 words shifted by half of one, half a word with the second scale, N words.
+template <typename Block, typename To, typename F>
+inline void read_with_scales(const Rows & rows, int64_t block, To & to, const F & word) {
+    constexpr int N     = (sizeof(Block) - sizeof(ggml_half)) / 4;
+    constexpr int TWO   = 2 * N + 1;
+    Ints          first = ints(0), last = first;
+#pragma GCC unroll 17
+    for (int i = 0; i < TWO; i++) {
+        Ints x[4];
+        rows.load16(block * sizeof(Block) + 16 * i, x);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            const int b    = (4 * i + j) / TWO * 2;
+            const int part = (4 * i + j) % TWO;
+            if (part == 0) {
+                first = x[j];
+            } else if (part <= N) {
+                word(b, part - 1, _mm512_rol_epi32(join_halves(x[j], last), 16));
+            } else {
+                word(b + 1, part - N - 1, x[j]);
+            }
+            if (part == N) {
+                const Ints scales = halves_apart(join_halves(first, x[j]));
+                to.scales(b, _mm512_cvtph_ps(_mm512_castsi512_si256(scales)));
+                to.scales(b + 1, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(scales, 1)));
+            }
+            last = x[j];
+        }
+    }
+}
+
+#else
+
+template <typename, typename> constexpr bool READS_SCALES = false;
+
+#endif
+
 // A type of weights in a layout: how its activations are quantized, what is added to its quants, what these can be, and
 // `unpack`, which unpacks blocks `block` to `block + n_blocks - 1`.
 
@@ -355,6 +399,15 @@ template <typename Block, Ints (*DECODE)(Ints), int OFFSET_, Codes CODES_> struc
     static constexpr Codes  CODES  = CODES_;
 
     template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
+        if constexpr (READS_SCALES<Block, R>) {
+            if (n_blocks == N_BLOCKS) {
+                read_with_scales<Block>(rows, block, to, [&](int b, int j, Ints x) {
+                    to.codes(b, j, DECODE(low_nibbles(x)));
+                    to.codes(b, j + 4, DECODE(high_nibbles(x)));
+                });
+                return;
+            }
+        }
         const BlockScales<Block, R> scales(rows, block, n_blocks);
         for (int b = 0; b < n_blocks; b++) {
             Ints x[4];
@@ -383,6 +436,13 @@ struct Q8_0 {
     static constexpr Codes  CODES  = Codes::bytes;
 
     template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
+        if constexpr (READS_SCALES<block_q8_0, R>) {
+            if (n_blocks == N_BLOCKS) {
+                read_with_scales<block_q8_0>(rows, block, to,
+                                             [&](int b, int j, Ints x) { to.codes(b, j, x ^ bytes(0x80)); });
+                return;
+            }
+        }
         const BlockScales<block_q8_0, R> scales(rows, block, n_blocks);
         for (int b = 0; b < n_blocks; b++) {
             Ints x[8];
@@ -403,6 +463,20 @@ struct Q5_0 {
     static constexpr Codes  CODES  = Codes::below_32;
 
     template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
+        if constexpr (READS_SCALES<block_q5_0, R>) {
+            if (n_blocks == N_BLOCKS) {
+                Ints fifth = ints(0);
+                read_with_scales<block_q5_0>(rows, block, to, [&](int b, int i, Ints x) {
+                    if (i == 0) {
+                        fifth = x;
+                        return;
+                    }
+                    to.codes(b, i - 1, low_nibbles(x) | rows.bytes_where_set(fifth, i - 1, bytes(16)));
+                    to.codes(b, i + 3, high_nibbles(x) | rows.bytes_where_set(fifth, i + 3, bytes(16)));
+                });
+                return;
+            }
+        }
         const BlockScales<block_q5_0, R> scales(rows, block, n_blocks);
         for (int b = 0; b < n_blocks; b++) {
             const size_t at = (block + b) * sizeof(block_q5_0);

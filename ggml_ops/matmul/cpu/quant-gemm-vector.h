@@ -541,7 +541,9 @@ inline void transpose(Ints (&x)[4]) {
 
 // the lower halves of a's lanes, the upper halves of b's
 inline Ints join_halves(Ints a, Ints b) {
-#if QUANT_GEMM_AVX2
+#if QUANT_GEMM_AVX512
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, a, b);
+#elif QUANT_GEMM_AVX2
     return _mm256_blend_epi16(a, b, 0xaa);
 #else
     return (a & ints(0xffff)) | left_32(right_32(b, 16), 16);
