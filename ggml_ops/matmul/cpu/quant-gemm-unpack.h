@@ -387,6 +387,9 @@ inline void read_with_scales(const Rows & rows, int64_t block, To & to, const F 
 
 template <typename, typename> constexpr bool READS_SCALES = false;
 
+template <typename Block, typename To, typename F>
+void read_with_scales(const Rows & rows, int64_t block, To & to, const F & word);  // never called
+
 #endif
 
 // A type of weights in a layout: how its activations are quantized, what is added to its quants, what these can be, and
