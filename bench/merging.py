@@ -30,7 +30,7 @@ def cell_key(cell: Data) -> tuple[Any, ...]:
 
 
 def cache_size(model: Data) -> float:
-    """MiB of the largest KV cache; the memory table is of this record, of several the latest."""
+    """MiB of the largest KV cache. The memory table is of the record with the largest one; of several, the latest."""
     contexts = model["about"]["contexts"].values()
     return max((sum(memory.get("kv", {}).values()) for memory in contexts), default=0.0)
 
@@ -42,7 +42,7 @@ def merged(records: Sequence[Data]) -> dict[str, Data]:
         for model in record["models"]:
             kinds = ("cells", "commands", "fallbacks", "not_measured", "left_out")
             into = models.setdefault(model_key(model), {"model": model} | {kind: {} for kind in kinds})
-            into["model"] = max(model, into["model"], key=cache_size)  # of equal ones the first
+            into["model"] = max(model, into["model"], key=cache_size)  # the later one if both are equal
             about = model["about"]
             if model["cells"] or about.get("not_measured"):
                 into["commands"][measured_by(record)] = None

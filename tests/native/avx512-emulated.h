@@ -279,6 +279,8 @@ inline __m512i _mm512_castsi128_si512(__m128i x)           { return avx512::exte
 inline __m512i _mm512_castsi256_si512(__m256i x)           { return avx512::extended(x, 0xa5); }
 inline __m512i _mm512_zextsi256_si512(__m256i x)           { return avx512::extended(x, 0); }
 inline __m128i _mm512_castsi512_si128(__m512i x)           { return avx512::load<__m128i>(&x); }
+inline __m256i _mm512_castsi512_si256(__m512i x)           { return avx512::load<__m256i>(&x); }
+inline __m256i _mm512_extracti64x4_epi64(__m512i x, int n) { return avx512::half<__m256i>(x, n & 1); }
 inline __m256  _mm512_castps512_ps256(__m512 x)            { return avx512::load<__m256>(&x); }
 inline __m512i _mm512_inserti32x4(__m512i x, __m128i y, int n) { memcpy((char *) &x + 16 * (n & 3), &y, 16); return x; }
 inline __m512i _mm512_inserti64x4(__m512i x, __m256i y, int n) { memcpy((char *) &x + 32 * (n & 1), &y, 32); return x; }
@@ -319,6 +321,7 @@ inline __m512i _mm512_rolv_epi32(__m512i x, __m512i n) {
     const auto a = avx512::lanes<uint32_t>(x), b = avx512::lanes<uint32_t>(n);
     return avx512::vector<uint32_t>([&](size_t i) { return (uint64_t{ a[i] } << 32 | a[i]) << b[i] % 32 >> 32; });
 }
+inline __m512i _mm512_rol_epi32(__m512i x, int n) { return _mm512_rolv_epi32(x, _mm512_set1_epi32(n)); }
 inline __m128i _mm_rorv_epi32(__m128i x, __m128i n) {
     const auto a = avx512::lanes<uint32_t>(x), b = avx512::lanes<uint32_t>(n);
     return avx512::vector<uint32_t, __m128i>([&](size_t i) { return (uint64_t{ a[i] } << 32 | a[i]) >> b[i] % 32; });

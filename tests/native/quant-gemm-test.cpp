@@ -397,7 +397,7 @@ static std::vector<Shape> shapes_at_limits(const Kind & kind) {
         Shape rest  = base;
         rest.values = "normal";
         rest.k      = kind.block * 9;
-        rest.n_rows = kind.repack ? 8 : 3;
+        rest.n_rows = kind.repack ? 8 : n == 16 ? 19 : 3;
         shapes.push_back(rest);
     }
     return shapes;

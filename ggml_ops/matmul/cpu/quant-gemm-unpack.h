@@ -347,12 +347,14 @@ template <Ints (*DECODE)(Ints), typename To> inline void give_nibbles(To & to, i
 
 #if QUANT_GEMM_AVX512
 
-// Whether slices of a type are read with their scales: 8 blocks of an F16 number and some words. Reading them apart takes
-// longer, because scales are not aligned and nearly every load of them crosses a cache line.
+// Whether slices of a type are read with their scales: 8 blocks of an F16 number and some words. Reading scales apart takes
+// longer: 64 bytes are loaded for them two or four times per row, and most of these loads cross a cache line.
 template <typename Block, typename R> constexpr bool READS_SCALES = std::is_same_v<R, Rows> && !HAS_EXPONENT<Block>;
 
 // Reads 8 blocks of an F16 number and N words, 16 rows at once, and calls word(b, j, x) and to.scales. Two blocks are 2 N + 1
 // words: the first scale with half a word, N - 1 words shifted by half of one, half a word with the second scale, N words.
+// Not in the order that receivers may expect: quants 0, 4, 1, 5, ... (Q8_0: in order), and the scales of every second block
+// before its quants. So only panels, which store what they are given, may receive this.
 template <typename Block, typename To, typename F>
 inline void read_with_scales(const Rows & rows, int64_t block, To & to, const F & word) {
     constexpr int N     = (sizeof(Block) - sizeof(ggml_half)) / 4;
