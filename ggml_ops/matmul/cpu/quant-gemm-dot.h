@@ -105,8 +105,8 @@ template <int LOCALITY> inline __attribute__((always_inline)) void prefetch(cons
 }
 
 // Whether NextRows, and with AVX-512 the kernel of IQ4_XS, prefetch weights into L1 and in the order of addresses; and whether
-// panels are prefetched into L1. By default on AMD's family 1Ah (Zen 5, where memory is faster that way) and later ones (not measured).
-// KIMI_PREFETCH_IN_ORDER=1 or 0 overrides that.
+// panels are prefetched into L1. By default on AMD's family 1Ah (Zen 5, where memory is faster that way) and later ones (not
+// measured). KIMI_PREFETCH_IN_ORDER=1 or 0 overrides that.
 bool prefetches_in_order();
 
 // The rows that are multiplied next, prefetched while as many others are multiplied: in the order of addresses, into L1, or

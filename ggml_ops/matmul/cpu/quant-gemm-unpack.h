@@ -345,54 +345,54 @@ template <Ints (*DECODE)(Ints), typename To> inline void give_nibbles(To & to, i
     }
 }
 
+// With AVX-512, reads a slice of rows with its scales, 8 blocks of an F16 number and N words, 16 rows at once, and calls
+// word(b, j, x) and to.scales. Otherwise, and for other blocks, layouts and rests of rows, it does nothing and returns false.
+// Reading scales apart takes longer: 64 bytes are loaded for them two or four times per row, and most of these loads cross a
+// cache line. Two blocks are 2 N + 1 words: the first scale with half a word, N - 1 words shifted by half of one, half a word
+// with the second scale, N words. Not in the order that receivers may expect: quants 0, 4, 1, 5, ... (Q8_0: in order), and the
+// scales of every second block before its quants. So only panels, which store what they are given, may receive this.
+template <typename Block, typename R, typename To, typename F>
+inline bool read_with_scales([[maybe_unused]] const R & rows,
+                             [[maybe_unused]] int64_t   block,
+                             [[maybe_unused]] int       n_blocks,
+                             [[maybe_unused]] To &      to,
+                             [[maybe_unused]] const F & word) {
 #if QUANT_GEMM_AVX512
-
-// Whether slices of a type are read with their scales: 8 blocks of an F16 number and some words. Reading scales apart takes
-// longer: 64 bytes are loaded for them two or four times per row, and most of these loads cross a cache line.
-template <typename Block, typename R> constexpr bool READS_SCALES = std::is_same_v<R, Rows> && !HAS_EXPONENT<Block>;
-
-// Reads 8 blocks of an F16 number and N words, 16 rows at once, and calls word(b, j, x) and to.scales. Two blocks are 2 N + 1
-// words: the first scale with half a word, N - 1 words shifted by half of one, half a word with the second scale, N words.
-// Not in the order that receivers may expect: quants 0, 4, 1, 5, ... (Q8_0: in order), and the scales of every second block
-// before its quants. So only panels, which store what they are given, may receive this.
-template <typename Block, typename To, typename F>
-inline void read_with_scales(const Rows & rows, int64_t block, To & to, const F & word) {
-    constexpr int N     = (sizeof(Block) - sizeof(ggml_half)) / 4;
-    constexpr int TWO   = 2 * N + 1;
-    Ints          first = ints(0), last = first;
-#pragma GCC unroll 17
-    for (int i = 0; i < TWO; i++) {
-        Ints x[4];
-        rows.load16(block * sizeof(Block) + 16 * i, x);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            const int b    = (4 * i + j) / TWO * 2;
-            const int part = (4 * i + j) % TWO;
-            if (part == 0) {
-                first = x[j];
-            } else if (part <= N) {
-                word(b, part - 1, _mm512_rol_epi32(join_halves(x[j], last), 16));
-            } else {
-                word(b + 1, part - N - 1, x[j]);
-            }
-            if (part == N) {
-                const Ints scales = halves_apart(join_halves(first, x[j]));
-                to.scales(b, _mm512_cvtph_ps(_mm512_castsi512_si256(scales)));
-                to.scales(b + 1, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(scales, 1)));
-            }
-            last = x[j];
+    if constexpr (std::is_same_v<R, Rows> && !HAS_EXPONENT<Block>) {
+        if (n_blocks < N_BLOCKS) {
+            return false;
         }
+        constexpr int N     = (sizeof(Block) - sizeof(ggml_half)) / 4;
+        constexpr int TWO   = 2 * N + 1;
+        Ints          first = ints(0), last = first;
+#pragma GCC unroll 17
+        for (int i = 0; i < TWO; i++) {
+            Ints x[4];
+            rows.load16(block * sizeof(Block) + 16 * i, x);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const int b    = (4 * i + j) / TWO * 2;
+                const int part = (4 * i + j) % TWO;
+                if (part == 0) {
+                    first = x[j];
+                } else if (part <= N) {
+                    word(b, part - 1, _mm512_rol_epi32(join_halves(x[j], last), 16));
+                } else {
+                    word(b + 1, part - N - 1, x[j]);
+                }
+                if (part == N) {
+                    const Ints scales = halves_apart(join_halves(first, x[j]));
+                    to.scales(b, _mm512_cvtph_ps(_mm512_castsi512_si256(scales)));
+                    to.scales(b + 1, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(scales, 1)));
+                }
+                last = x[j];
+            }
+        }
+        return true;
     }
-}
-
-#else
-
-template <typename, typename> constexpr bool READS_SCALES = false;
-
-template <typename Block, typename To, typename F>
-void read_with_scales(const Rows & rows, int64_t block, To & to, const F & word);  // never called
-
 #endif
+    return false;
+}
 
 // A type of weights in a layout: how its activations are quantized, what is added to its quants, what these can be, and
 // `unpack`, which unpacks blocks `block` to `block + n_blocks - 1`.
@@ -404,14 +404,12 @@ template <typename Block, Ints (*DECODE)(Ints), int OFFSET_, Codes CODES_> struc
     static constexpr Codes  CODES  = CODES_;
 
     template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
-        if constexpr (READS_SCALES<Block, R>) {
-            if (n_blocks == N_BLOCKS) {
-                read_with_scales<Block>(rows, block, to, [&](int b, int j, Ints x) {
-                    to.codes(b, j, DECODE(low_nibbles(x)));
-                    to.codes(b, j + 4, DECODE(high_nibbles(x)));
-                });
-                return;
-            }
+        const auto word = [&](int b, int j, Ints x) {
+            to.codes(b, j, DECODE(low_nibbles(x)));
+            to.codes(b, j + 4, DECODE(high_nibbles(x)));
+        };
+        if (read_with_scales<Block>(rows, block, n_blocks, to, word)) {
+            return;
         }
         const BlockScales<Block, R> scales(rows, block, n_blocks);
         for (int b = 0; b < n_blocks; b++) {
@@ -441,12 +439,9 @@ struct Q8_0 {
     static constexpr Codes  CODES  = Codes::bytes;
 
     template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
-        if constexpr (READS_SCALES<block_q8_0, R>) {
-            if (n_blocks == N_BLOCKS) {
-                read_with_scales<block_q8_0>(rows, block, to,
-                                             [&](int b, int j, Ints x) { to.codes(b, j, x ^ bytes(0x80)); });
-                return;
-            }
+        const auto word = [&](int b, int j, Ints x) { to.codes(b, j, x ^ bytes(0x80)); };
+        if (read_with_scales<block_q8_0>(rows, block, n_blocks, to, word)) {
+            return;
         }
         const BlockScales<block_q8_0, R> scales(rows, block, n_blocks);
         for (int b = 0; b < n_blocks; b++) {
@@ -468,19 +463,17 @@ struct Q5_0 {
     static constexpr Codes  CODES  = Codes::below_32;
 
     template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
-        if constexpr (READS_SCALES<block_q5_0, R>) {
-            if (n_blocks == N_BLOCKS) {
-                Ints fifth = ints(0);
-                read_with_scales<block_q5_0>(rows, block, to, [&](int b, int i, Ints x) {
-                    if (i == 0) {
-                        fifth = x;
-                        return;
-                    }
-                    to.codes(b, i - 1, low_nibbles(x) | rows.bytes_where_set(fifth, i - 1, bytes(16)));
-                    to.codes(b, i + 3, high_nibbles(x) | rows.bytes_where_set(fifth, i + 3, bytes(16)));
-                });
+        Ints       first_word = ints(0);  // of a block: the fifth bits
+        const auto word       = [&](int b, int i, Ints x) {
+            if (i == 0) {
+                first_word = x;
                 return;
             }
+            to.codes(b, i - 1, low_nibbles(x) | rows.bytes_where_set(first_word, i - 1, bytes(16)));
+            to.codes(b, i + 3, high_nibbles(x) | rows.bytes_where_set(first_word, i + 3, bytes(16)));
+        };
+        if (read_with_scales<block_q5_0>(rows, block, n_blocks, to, word)) {
+            return;
         }
         const BlockScales<block_q5_0, R> scales(rows, block, n_blocks);
         for (int b = 0; b < n_blocks; b++) {
