@@ -269,6 +269,7 @@ inline __m512  _mm512_loadu_ps(const void * p)             { return avx512::load
 inline __m512i _mm512_load_si512(const void * p)           { avx512::check_aligned(p); return _mm512_loadu_si512(p); }
 inline void    _mm512_storeu_si512(void * p, __m512i x)    { memcpy(p, &x, sizeof(x)); }
 inline void    _mm512_storeu_ps(void * p, __m512 x)        { memcpy(p, &x, sizeof(x)); }
+inline void    _mm512_stream_ps(void * p, __m512 x)        { avx512::check_aligned(p); _mm512_storeu_ps(p, x); }
 inline void    _mm512_store_si512(void * p, __m512i x)     { avx512::check_aligned(p); _mm512_storeu_si512(p, x); }
 
 // Casts and parts

@@ -350,8 +350,9 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
             add([&](Shape & s) { s.values = "faint", s.n_tokens = n; });
         }
     }
-    for (const int64_t n : { 1, 4, 300 }) {  // many threads divide rows, columns, and a row of activations
-        add([&](Shape & s) { s.n_rows = 520, s.n_tokens = n; });
+    for (const int64_t n :
+         { 1, 4, 300 }) {  // many threads divide rows, columns, and a row of activations; 300: streamed
+        add([&](Shape & s) { s.n_rows = 912, s.n_tokens = n; });
     }
     for (const int64_t n : { 1, 3 }) {  // few threads have tasks of more rows
         add([&](Shape & s) { s.n_rows = 4104, s.n_tokens = n; });
@@ -372,7 +373,7 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
         add([&](Shape & s) { s.n_tokens = n; });
         add([&](Shape & s) { s.n_tokens = n, s.broadcast = false; });
     }
-    add([&](Shape & s) { s.n_rows = 264, s.n_tokens = 300, s.n_used = 6; });  // several threads sort
+    add([&](Shape & s) { s.n_rows = 272, s.n_tokens = 300, s.n_used = 6; });  // several threads sort; streamed
     add([&](Shape & s) { s.routing = "one"; });
     add([&](Shape & s) { s.routing = "lonely", s.n_tokens = 40, s.n_used = 1; });
     add([&](Shape & s) { s.n_experts = 64, s.n_used = 6, s.n_tokens = 64; });

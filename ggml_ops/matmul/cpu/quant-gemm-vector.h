@@ -562,6 +562,26 @@ inline Floats broadcast_floats(const void * p) {
     return floats(x);
 }
 
+// Whether stream_floats writes past the caches. If so, p is aligned, and whole cache lines have to be written. Other threads
+// see them after finish_streams and a barrier.
+constexpr bool STREAMS = !QUANT_GEMM_NEON;
+
+inline void stream_floats(float * p, Floats x) {
+#if QUANT_GEMM_AVX512
+    _mm512_stream_ps(p, x);
+#elif QUANT_GEMM_AVX2
+    _mm256_stream_ps(p, x);
+#else
+    store_floats(p, x);
+#endif
+}
+
+inline void finish_streams() {
+#if !QUANT_GEMM_NEON
+    _mm_sfence();
+#endif
+}
+
 // AVX2: products of four values are two 16-bit sums. Others: one sum of 32 bits.
 #if QUANT_GEMM_AVX2 && !QUANT_GEMM_AVX_VNNI
 

@@ -29,6 +29,9 @@ static constexpr int TASK_ROWS   = 128;
 // come from memory more slowly than the following ones.
 static constexpr int TASKS_PER_THREAD = 8;
 
+// Results of so many bytes are written past the caches.
+static constexpr size_t STREAMED_RESULT = 1 << 20;
+
 // Up to so many columns there are too few tiles to prefetch all of the next rows with them.
 static constexpr int PREFETCH_EARLY = 24;
 
@@ -335,14 +338,27 @@ static Division divide(const ggml_tensor * product, const Format & format, const
     return best;
 }
 
-static inline void copy_sums(const float (&sums)[PANEL_ROWS], int n_rows, float * to) {
+// Whether panels write this result past the caches. A large one leaves them before the next node reads it. Until then its
+// lines displace activations and weights; and as rows of many results are multiples of 4096 bytes apart, those of all
+// columns compete for the same few lines. All lines must be written as a whole.
+static bool is_streamed(const ggml_tensor * dst) {
+    const uintptr_t addresses = (uintptr_t) dst->data | dst->nb[1] | dst->nb[2] | dst->nb[3];
+    return STREAMS && ggml_nbytes(dst) >= STREAMED_RESULT && addresses % CACHE_LINE == 0;
+}
+
+static inline void copy_sums(const float (&sums)[PANEL_ROWS], int n_rows, float * to, bool streamed) {
     if (n_rows < PANEL_ROWS) {
         memcpy(to, sums, n_rows * sizeof(float));
         return;
     }
 #pragma GCC unroll 2
     for (int v = 0; v < PANEL_VECTORS; v++) {
-        store_floats(to + v * LANES, load_floats(sums + v * LANES));
+        const Floats x = load_floats(sums + v * LANES);
+        if (streamed) {
+            stream_floats(to + v * LANES, x);
+        } else {
+            store_floats(to + v * LANES, x);
+        }
     }
 }
 
@@ -390,6 +406,7 @@ static void compute_task(const Format & format,
     if (dots != nullptr) {
         dots->set_columns({ act, n });
     }
+    const bool streamed = dots == nullptr && is_streamed(job.dst);
     for (; row < end; row += PANEL_ROWS) {
         const int n_rows = (int) std::min<int64_t>(PANEL_ROWS, end - row);
         for (int p = 0; p < job.n_products; p++) {
@@ -416,10 +433,9 @@ static void compute_task(const Format & format,
         for (int i = 0; i < n; i++) {
             float * to = (float *) ((char *) job.dst->data + columns[i].dst_offset) + row;
             if (job.n_products == 2) {
-                ggml_vec_swiglu_f32(n_rows, to, scratch.sums[0][i], scratch.sums[1][i]);
-            } else {
-                copy_sums(scratch.sums[0][i], n_rows, to);
+                ggml_vec_swiglu_f32(n_rows, scratch.sums[0][i], scratch.sums[0][i], scratch.sums[1][i]);
             }
+            copy_sums(scratch.sums[0][i], n_rows, to, streamed);
         }
     }
 }
@@ -482,6 +498,9 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
             task = stealing ? ggml_threadpool_chunk_add(params->threadpool, 1) : task + params->nth;
         }
         first_task += n_tasks;
+    }
+    if (is_streamed(job.dst)) {
+        finish_streams();
     }
 }
 
