@@ -12,21 +12,6 @@
 
 namespace quant_gemm {
 
-size_t act_row_size(Scheme scheme, int64_t k) {
-    switch (scheme) {
-    case Scheme::q8_0:
-        return (k + SLICE - 1) / SLICE * sizeof(ActBlocks);
-    case Scheme::bf16:
-#if QUANT_GEMM_BF16
-        return k * sizeof(ggml_bf16_t);
-#endif
-    case Scheme::f16:
-        return k * sizeof(float);
-    default:
-        return k / SLICE * sizeof(ActSuperBlock);
-    }
-}
-
 #if QUANT_GEMM_KERNELS
 
 constexpr int      VECTORS_OF_16 = 16 / LANES;

@@ -33,6 +33,9 @@ constexpr int PANEL_ROWS    = 32;
 // With i8mm, panels hold the scales and factors of each row twice, in the order of the sums (quant-gemm-tile-i8mm.cpp).
 constexpr int ROW_NUMBERS = (QUANT_GEMM_I8MM ? 2 : 1) * PANEL_ROWS;
 
+// Panels that follow each other in K and are multiplied at once, so that sums are loaded and stored less often.
+constexpr int MAX_PANELS = QUANT_GEMM_NEON ? 1 : 2;
+
 constexpr int SLICE    = 256;  // values of K in a panel, so that its 8 KiB and the activations fit in L1
 constexpr int BLOCK    = 32;   // values of K per scale (some types: 16)
 constexpr int N_BLOCKS = SLICE / BLOCK;
@@ -116,6 +119,20 @@ struct ActSuperBlock {
 
 static_assert(sizeof(ActSuperBlock) == 352, "activations are read at fixed distances");
 
+// Size of a packed row of k activations in bytes.
+constexpr size_t act_row_size(Scheme scheme, int64_t k) {
+    switch (scheme) {
+    case Scheme::q8_0:
+        return (k + SLICE - 1) / SLICE * sizeof(ActBlocks);
+    case Scheme::bf16:
+        return k * (QUANT_GEMM_BF16 ? sizeof(ggml_bf16_t) : sizeof(float));
+    case Scheme::f16:
+        return k * sizeof(float);
+    default:
+        return k / SLICE * sizeof(ActSuperBlock);
+    }
+}
+
 struct alignas(64) Panel {
     union {
         uint8_t  codes[N_BLOCKS][N_GROUPS][PANEL_ROWS][4];
@@ -162,12 +179,9 @@ bool environment_switch(const char * name, bool otherwise);
 const Format * find_format(ggml_type type, quant_gemm_layout layout);
 
 // Blocks of 32 values in a panel.
-inline int panel_blocks(Scheme scheme) {
+constexpr int panel_blocks(Scheme scheme) {
     return (is_plain(scheme) ? SLICE_16 : SLICE) / BLOCK;
 }
-
-// Size of a packed row of k activations in bytes.
-size_t act_row_size(Scheme scheme, int64_t k);
 
 // Quantizes a row of k floats as ggml does for this weight type and packs it.
 void pack_row(const Format & format, const float * x, int64_t k, char * packed);
@@ -219,9 +233,14 @@ inline Floats add_block(Floats sum, Ints products, Floats scale, Floats act_scal
 // `multiply` with i8mm, for quantized weights and one to four columns.
 void multiply_i8mm(const Format & format, const Panel & panel, int n_blocks, Columns columns, float * sums);
 
-// Adds to sums[column][row] (PANEL_ROWS floats per column) the matmul of a panel with packed rows. `columns` points to
-// the first block of the rows that belongs to the panel.
-void multiply(
-    const Format & format, const Panel & panel, int n_blocks, Columns columns, const Ahead & ahead, float * sums);
+// Adds to sums[column][row] (PANEL_ROWS floats per column) the matmul of panels, of n_blocks blocks in all, with packed
+// rows. `columns` points to the first block of the rows that belongs to the panels. first: the sums are set instead.
+void multiply(const Format & format,
+              const Panel *  panels,
+              int            n_blocks,
+              Columns        columns,
+              const Ahead &  ahead,
+              bool           first,
+              float *        sums);
 
 }  // namespace quant_gemm

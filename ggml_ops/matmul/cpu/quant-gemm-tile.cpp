@@ -30,12 +30,21 @@ template <int N_C> static inline void load_columns(const char * const * columns,
     }
 }
 
-template <int N_C> static inline void load_sums(const float * sums, FloatGrid<N_C> & f) {
+// Moves on to the activations of the next panel.
+template <Scheme SCHEME, int N_C> static inline void next_panel(const char * (&act)[N_C]) {
+#pragma GCC                                          unroll 8
+    for (int c = 0; c < N_C; c++) {
+        act[c] += act_row_size(SCHEME, panel_blocks(SCHEME) * BLOCK);
+    }
+}
+
+// first: the sums are not in memory yet, and zero
+template <int N_C> static inline void load_sums(const float * sums, bool first, FloatGrid<N_C> & f) {
 #pragma GCC                           unroll 8
     for (int c = 0; c < N_C; c++) {
 #pragma GCC unroll 2
         for (int v = 0; v < TILE_VECTORS; v++) {
-            f[c][v] = load_floats(sums + c * PANEL_ROWS + v * LANES);
+            f[c][v] = first ? floats(0.0f) : load_floats(sums + c * PANEL_ROWS + v * LANES);
         }
     }
 }
@@ -153,98 +162,105 @@ sum_block(IntGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N
 
 // a scale per 32 weights and per 32 activations
 template <Codes CODES, int N_C>
-static void tile_q8_0(const Panel & panel, int row, int n_blocks, const char * const * columns, float * sums) {
+static void
+tile_q8_0(const Panel * panels, int row, int n_blocks, const char * const * columns, bool first, float * sums) {
     Floats       f[N_C][TILE_VECTORS];
     const char * act[N_C];
     load_columns(columns, act);
-    load_sums<N_C>(sums, f);
-    const uint8_t * weights = panel.codes[0][0][row];
-    const float *   scales  = panel.scales[0] + row;
-    for (int b = 0; b < n_blocks; b++) {
-        IntGrid<N_C> z;
-        sum_block<CODES, N_C>(z, weights, act, BLOCK * b, (int) offsetof(ActBlocks, starts) + 4 * b);
-        const Floats d0 = load_floats(scales);
-        const Floats d1 = load_floats(scales + LANES);
+    load_sums<N_C>(sums, first, f);
+    for (; n_blocks > 0; n_blocks -= N_BLOCKS, panels++, next_panel<Scheme::q8_0>(act)) {
+        const uint8_t * weights = panels->codes[0][0][row];
+        const float *   scales  = panels->scales[0] + row;
+        for (int b = 0; b < std::min(n_blocks, N_BLOCKS); b++) {
+            IntGrid<N_C> z;
+            sum_block<CODES, N_C>(z, weights, act, BLOCK * b, (int) offsetof(ActBlocks, starts) + 4 * b);
+            const Floats d0 = load_floats(scales);
+            const Floats d1 = load_floats(scales + LANES);
 #pragma GCC unroll 8
-        for (int c = 0; c < N_C; c++) {
-            const Floats d = broadcast_floats(act[c] + offsetof(ActBlocks, scales) + 4 * b);
-            f[c][0]        = add_block(f[c][0], z[c][0], d0, d);
-            f[c][1]        = add_block(f[c][1], z[c][1], d1, d);
+            for (int c = 0; c < N_C; c++) {
+                const Floats d = broadcast_floats(act[c] + offsetof(ActBlocks, scales) + 4 * b);
+                f[c][0]        = add_block(f[c][0], z[c][0], d0, d);
+                f[c][1]        = add_block(f[c][1], z[c][1], d1, d);
+            }
+            weights += BLOCK * PANEL_ROWS;
+            scales += PANEL_ROWS;
         }
-        weights += BLOCK * PANEL_ROWS;
-        scales += PANEL_ROWS;
     }
     store_sums<N_C>(f, sums);
 }
 
 // 256 values: a factor for some weights (for all: panels hold quants times factors); minima, or none
 template <Scheme SCHEME, Codes CODES, int N_C>
-static void tile_q8_K(const Panel & panel, int row, const char * const * columns, float * sums) {
+static void
+tile_q8_K(const Panel * panels, int row, int n_blocks, const char * const * columns, bool first, float * sums) {
     constexpr int SUB     = weights_per_factor(SCHEME);
     constexpr int MIN_SUB = weights_per_minimum(SCHEME);
     constexpr int STEP    = std::min(4 * groups_together(CODES), std::min(SUB, BLOCK));
     constexpr int STARTS  = SUB == SLICE ? offsetof(ActSuperBlock, start) : offsetof(ActSuperBlock, starts);
-    IntGrid<N_C>  products;
     const char *  act[N_C];
     load_columns(columns, act);
-    fill(products, ints(0));
-    const uint8_t * weights = panel.codes[0][0][row];
-    const int32_t * factors = panel.factors[0] + row;
-    for (int b = 0; b < SLICE / SUB; b++) {
-        IntGrid<N_C> s;
-        if constexpr (has_starts(SCHEME)) {
-            start_sums<N_C>(s, act, STARTS + 4 * b);
-        } else {
-            fill(s, ints(0));
-        }
-#pragma GCC unroll 8
-        for (int k = 0; k < SUB; k += STEP) {
-            add_groups<CODES, N_C, STEP / 4>(s, weights + k * PANEL_ROWS, act, SUB * b + k);
-            if (SUB != SLICE && (SUMS_OF_16_BITS || k + STEP == SUB)) {
-                add_times<N_C>(products, s, factors);
+    for (; n_blocks > 0; n_blocks -= N_BLOCKS, panels++, next_panel<SCHEME>(act), first = false) {
+        const Panel & panel = *panels;
+        IntGrid<N_C>  products;
+        fill(products, ints(0));
+        const uint8_t * weights = panel.codes[0][0][row];
+        const int32_t * factors = panel.factors[0] + row;
+        for (int b = 0; b < SLICE / SUB; b++) {
+            IntGrid<N_C> s;
+            if constexpr (has_starts(SCHEME)) {
+                start_sums<N_C>(s, act, STARTS + 4 * b);
+            } else {
                 fill(s, ints(0));
             }
-        }
-        if constexpr (SUB == SLICE) {
-            memcpy(products, s, sizeof(s));
-        }
-        weights += SUB * PANEL_ROWS;
-        factors += PANEL_ROWS;
-    }
-    PairSums minima[N_C][TILE_VECTORS] = {};
-    if constexpr (MIN_SUB != 0) {
-        constexpr size_t SUMS = MIN_SUB == 16 ? offsetof(ActSuperBlock, sums_16) : offsetof(ActSuperBlock, sums);
 #pragma GCC unroll 8
-        for (int pair = 0; pair < SLICE / MIN_SUB / 2; pair++) {
-            const Ints m0 = load_ints(panel.minima[pair][row]);
-            const Ints m1 = load_ints(panel.minima[pair][row + LANES]);
+            for (int k = 0; k < SUB; k += STEP) {
+                add_groups<CODES, N_C, STEP / 4>(s, weights + k * PANEL_ROWS, act, SUB * b + k);
+                if (SUB != SLICE && (SUMS_OF_16_BITS || k + STEP == SUB)) {
+                    add_times<N_C>(products, s, factors);
+                    fill(s, ints(0));
+                }
+            }
+            if constexpr (SUB == SLICE) {
+                memcpy(products, s, sizeof(s));
+            }
+            weights += SUB * PANEL_ROWS;
+            factors += PANEL_ROWS;
+        }
+        PairSums minima[N_C][TILE_VECTORS] = {};
+        if constexpr (MIN_SUB != 0) {
+            constexpr size_t SUMS = MIN_SUB == 16 ? offsetof(ActSuperBlock, sums_16) : offsetof(ActSuperBlock, sums);
+#pragma GCC unroll 8
+            for (int pair = 0; pair < SLICE / MIN_SUB / 2; pair++) {
+                const Ints m0 = load_ints(panel.minima[pair][row]);
+                const Ints m1 = load_ints(panel.minima[pair][row + LANES]);
+#pragma GCC unroll 8
+                for (int c = 0; c < N_C; c++) {
+                    const Ints a = broadcast_ints(act[c] + SUMS + 4 * pair);
+                    minima[c][0] = add_pairs(minima[c][0], m0, a);
+                    minima[c][1] = add_pairs(minima[c][1], m1, a);
+                }
+            }
+        }
+#pragma GCC unroll 2
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            const Floats d = load_floats(panel.super_scales + row + LANES * v);
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
-                const Ints a = broadcast_ints(act[c] + SUMS + 4 * pair);
-                minima[c][0] = add_pairs(minima[c][0], m0, a);
-                minima[c][1] = add_pairs(minima[c][1], m1, a);
-            }
-        }
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < TILE_VECTORS; v++) {
-        const Floats d = load_floats(panel.super_scales + row + LANES * v);
-#pragma GCC unroll 8
-        for (int c = 0; c < N_C; c++) {
-            const Floats scale = broadcast_floats(act[c] + offsetof(ActSuperBlock, scale));
-            float *      to    = sums + c * PANEL_ROWS + LANES * v;
-            const Floats sum   = load_floats(to);
-            const Ints   whole = products[c][v];
-            if constexpr (MIN_SUB == 0) {
-                store_floats(to, add_super_block(sum, whole, d, scale));
-                continue;
-            }
-            const Ints less = total_of_pairs(minima[c][v]);
-            if constexpr (has_minima(SCHEME)) {
-                const Floats dmin = load_floats(panel.minimum_scales + row + LANES * v);
-                store_floats(to, add_super_block(sum, whole, d, less, dmin, scale));
-            } else {
-                store_floats(to, add_super_block(sum, sub_32(whole, less), d, scale));
+                const Floats scale = broadcast_floats(act[c] + offsetof(ActSuperBlock, scale));
+                float *      to    = sums + c * PANEL_ROWS + LANES * v;
+                const Floats sum   = first ? floats(0.0f) : load_floats(to);
+                const Ints   whole = products[c][v];
+                if constexpr (MIN_SUB == 0) {
+                    store_floats(to, add_super_block(sum, whole, d, scale));
+                    continue;
+                }
+                const Ints less = total_of_pairs(minima[c][v]);
+                if constexpr (has_minima(SCHEME)) {
+                    const Floats dmin = load_floats(panel.minimum_scales + row + LANES * v);
+                    store_floats(to, add_super_block(sum, whole, d, less, dmin, scale));
+                } else {
+                    store_floats(to, add_super_block(sum, sub_32(whole, less), d, scale));
+                }
             }
         }
     }
@@ -253,20 +269,24 @@ static void tile_q8_K(const Panel & panel, int row, const char * const * columns
 #if QUANT_GEMM_BF16
 
 template <int N_C>
-static void tile_bf16(const Panel & panel, int row, int n_blocks, const char * const * columns, float * sums) {
+static void
+tile_bf16(const Panel * panels, int row, int n_blocks, const char * const * columns, bool first, float * sums) {
     Floats       f[N_C][TILE_VECTORS];
     const char * act[N_C];
     load_columns(columns, act);
-    load_sums<N_C>(sums, f);
-    const uint16_t * weights = panel.pairs[0][0][row];
-    for (int p = 0; p < n_blocks * N_PAIRS; p++) {
-        const __m512bh w0 = (__m512bh) load_ints(weights + p * PANEL_ROWS * 2);
-        const __m512bh w1 = (__m512bh) load_ints(weights + p * PANEL_ROWS * 2 + 32);
+    load_sums<N_C>(sums, first, f);
+    constexpr int MOST = panel_blocks(Scheme::bf16);
+    for (; n_blocks > 0; n_blocks -= MOST, panels++, next_panel<Scheme::bf16>(act)) {
+        const uint16_t * weights = panels->pairs[0][0][row];
+        for (int p = 0; p < std::min(n_blocks, MOST) * N_PAIRS; p++) {
+            const __m512bh w0 = (__m512bh) load_ints(weights + p * PANEL_ROWS * 2);
+            const __m512bh w1 = (__m512bh) load_ints(weights + p * PANEL_ROWS * 2 + 32);
 #pragma GCC unroll 8
-        for (int c = 0; c < N_C; c++) {
-            const __m512bh a = (__m512bh) broadcast_ints(act[c] + p * 4);
-            f[c][0]          = _mm512_dpbf16_ps(f[c][0], w0, a);
-            f[c][1]          = _mm512_dpbf16_ps(f[c][1], w1, a);
+            for (int c = 0; c < N_C; c++) {
+                const __m512bh a = (__m512bh) broadcast_ints(act[c] + p * 4);
+                f[c][0]          = _mm512_dpbf16_ps(f[c][0], w0, a);
+                f[c][1]          = _mm512_dpbf16_ps(f[c][1], w1, a);
+            }
         }
     }
     store_sums<N_C>(f, sums);
@@ -276,43 +296,49 @@ static void tile_bf16(const Panel & panel, int row, int n_blocks, const char * c
 
 // 16-bit numbers that WIDEN makes float32, as activations are.
 template <Floats (*WIDEN)(const void *), int N_C>
-static void tile_halves(const Panel & panel, int row, int n_blocks, const char * const * columns, float * sums) {
+static void
+tile_halves(const Panel * panels, int row, int n_blocks, const char * const * columns, bool first, float * sums) {
     Floats       f[N_C][TILE_VECTORS];
     const char * act[N_C];
     load_columns(columns, act);
-    load_sums<N_C>(sums, f);
-    for (int k = 0; k < n_blocks * BLOCK; k += 4) {
+    load_sums<N_C>(sums, first, f);
+    constexpr int MOST = panel_blocks(Scheme::f16);
+    for (; n_blocks > 0; n_blocks -= MOST, panels++, next_panel<Scheme::f16>(act)) {
+        for (int k = 0; k < std::min(n_blocks, MOST) * BLOCK; k += 4) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const Floats w0 = WIDEN(panel.halves[k / 2 + i / 2][row / LANES][i % 2]);
-            const Floats w1 = WIDEN(panel.halves[k / 2 + i / 2][row / LANES + 1][i % 2]);
+            for (int i = 0; i < 4; i++) {
+                const Floats w0 = WIDEN(panels->halves[k / 2 + i / 2][row / LANES][i % 2]);
+                const Floats w1 = WIDEN(panels->halves[k / 2 + i / 2][row / LANES + 1][i % 2]);
 #pragma GCC unroll 8
-            for (int c = 0; c < N_C; c++) {
-                const Floats a = broadcast_floats(act[c] + (k + i) * sizeof(float));
-                f[c][0]        = fma(w0, a, f[c][0]);
-                f[c][1]        = fma(w1, a, f[c][1]);
+                for (int c = 0; c < N_C; c++) {
+                    const Floats a = broadcast_floats(act[c] + (k + i) * sizeof(float));
+                    f[c][0]        = fma(w0, a, f[c][0]);
+                    f[c][1]        = fma(w1, a, f[c][1]);
+                }
             }
         }
     }
     store_sums<N_C>(f, sums);
 }
 
-using Tile = void (*)(const Panel & panel, int row, int n_blocks, const char * const * columns, float * sums);
+// Panels that follow each other in K, of n_blocks blocks in all. first: the sums are set, otherwise they are added to.
+using Tile =
+    void (*)(const Panel * panels, int row, int n_blocks, const char * const * columns, bool first, float * sums);
 
 template <Scheme SCHEME, Codes CODES, int N_C>
-static void tile(const Panel & panel, int row, int n_blocks, const char * const * columns, float * sums) {
+static void tile(const Panel * panels, int row, int n_blocks, const char * const * columns, bool first, float * sums) {
     if constexpr (SCHEME == Scheme::q8_0) {
-        tile_q8_0<CODES, N_C>(panel, row, n_blocks, columns, sums);
+        tile_q8_0<CODES, N_C>(panels, row, n_blocks, columns, first, sums);
     } else if constexpr (SCHEME == Scheme::bf16) {
 #if QUANT_GEMM_BF16
-        tile_bf16<N_C>(panel, row, n_blocks, columns, sums);
+        tile_bf16<N_C>(panels, row, n_blocks, columns, first, sums);
 #else
-        tile_halves<from_bf16, N_C>(panel, row, n_blocks, columns, sums);
+        tile_halves<from_bf16, N_C>(panels, row, n_blocks, columns, first, sums);
 #endif
     } else if constexpr (SCHEME == Scheme::f16) {
-        tile_halves<from_halves, N_C>(panel, row, n_blocks, columns, sums);
+        tile_halves<from_halves, N_C>(panels, row, n_blocks, columns, first, sums);
     } else {
-        tile_q8_K<SCHEME, CODES, N_C>(panel, row, columns, sums);
+        tile_q8_K<SCHEME, CODES, N_C>(panels, row, n_blocks, columns, first, sums);
     }
 }
 
@@ -360,8 +386,13 @@ static const Tile * tiles_of(const Format & format) {
     }
 }
 
-void multiply(
-    const Format & format, const Panel & panel, int n_blocks, Columns columns, const Ahead & ahead, float * sums) {
+void multiply(const Format & format,
+              const Panel *  panels,
+              int            n_blocks,
+              Columns        columns,
+              const Ahead &  ahead,
+              bool           first_panels,
+              float *        sums) {
     const bool   in_pairs = QUANT_GEMM_I8MM && !is_plain(format.scheme);
     const Tile * tiles    = in_pairs ? nullptr : tiles_of(format);
     const int    most     = is_plain(format.scheme) ? TILE_COLUMNS_PLAIN : TILE_COLUMNS;
@@ -374,12 +405,16 @@ void multiply(
         }
 #if QUANT_GEMM_I8MM
         if (in_pairs) {
-            multiply_i8mm(format, panel, n_blocks, { columns.at + first, end - first }, sums + first * PANEL_ROWS);
+            if (first_panels) {
+                std::fill(sums + first * PANEL_ROWS, sums + end * PANEL_ROWS, 0.0f);
+            }
+            multiply_i8mm(format, *panels, n_blocks, { columns.at + first, end - first }, sums + first * PANEL_ROWS);
             continue;
         }
 #endif
         for (int row = 0; row < PANEL_ROWS; row += TILE_VECTORS * LANES) {
-            tiles[end - first - 1](panel, row, n_blocks, columns.at + first, sums + first * PANEL_ROWS + row);
+            tiles[end - first - 1](panels, row, n_blocks, columns.at + first, first_panels,
+                                   sums + first * PANEL_ROWS + row);
         }
     }
 }

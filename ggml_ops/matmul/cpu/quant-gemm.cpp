@@ -32,8 +32,8 @@ static constexpr int TASKS_PER_THREAD = 8;
 // Results of so many bytes are written past the caches.
 static constexpr size_t STREAMED_RESULT = 1 << 20;
 
-// Up to so many columns there are too few tiles to prefetch all of the next rows with them.
-static constexpr int PREFETCH_EARLY = 24;
+// Up to so many columns there are too few tiles to prefetch all of the next rows with them, or to multiply two panels.
+static constexpr int FEW_TILES = 24;
 
 // What a task costs apart from its multiplications, as rows; and a row of it (unpacking), as columns.
 static constexpr int TASK_COST = 4;
@@ -64,7 +64,7 @@ using Sums = float[MAX_COLUMNS][PANEL_ROWS];
 
 // Buffers of one thread.
 struct alignas(CACHE_LINE) Scratch {
-    Panel panel;
+    Panel panels[MAX_PANELS];
     Sums  sums[2];  // of each matmul
 };
 
@@ -236,27 +236,30 @@ static void add_panel(const Format &      format,
                       int64_t             row,
                       const Ahead &       ahead,
                       Columns             columns,
-                      Panel &             panel,
-                      Sums &              sums) {
+                      Panel (&panels)[MAX_PANELS],
+                      Sums & sums) {
     const int64_t n_blocks = src0->ne[0] / BLOCK;
-    const int     step     = panel_blocks(format.scheme);
+    const int     each     = panel_blocks(format.scheme);
+    const int     step     = columns.n > FEW_TILES ? MAX_PANELS * each : each;
     const size_t  act_step = act_row_size(format.scheme, step * BLOCK);
     const size_t  piece    = ahead.size * step / n_blocks;
     const bool    into_l1  = prefetches_in_order();
     const char *  next     = ahead.first;
     const char *  act[MAX_COLUMNS];
     std::copy(columns.at, columns.at + columns.n, act);
-    memset(sums, 0, columns.n * sizeof(sums[0]));
     for (int64_t block = 0; block < n_blocks; block += step) {
         const int    here   = (int) std::min<int64_t>(step, n_blocks - block);
-        const size_t before = columns.n <= PREFETCH_EARLY ? piece / 2 : 0;
+        const size_t before = columns.n <= FEW_TILES ? piece / 2 : 0;
         if (into_l1) {
             prefetch<3>(next, before);
         } else {
             prefetch<2>(next, before);
         }
-        format.unpack(weights, src0->nb[1], row, src0->ne[1], block, here, panel);
-        multiply(format, panel, here, { act, columns.n }, { next + before, piece - before }, sums[0]);
+        for (int b = 0; b < here; b += each) {
+            const int n = std::min(each, here - b);
+            format.unpack(weights, src0->nb[1], row, src0->ne[1], block + b, n, panels[b / each]);
+        }
+        multiply(format, panels, here, { act, columns.n }, { next + before, piece - before }, block == 0, sums[0]);
         next += piece;
         for (int i = 0; i < columns.n; i++) {
             act[i] += act_step;
@@ -428,7 +431,7 @@ static void compute_task(const Format & format,
             const int64_t       n_then  = last ? n_after : n_rows;
             const size_t        stride  = follows->src[0]->nb[1];
             const Ahead         ahead   = { weights_of(follows, then.matrix) + then.row * stride, n_then * stride };
-            add_panel(format, src0, weights, row, ahead, { act, n }, scratch.panel, scratch.sums[p]);
+            add_panel(format, src0, weights, row, ahead, { act, n }, scratch.panels, scratch.sums[p]);
         }
         for (int i = 0; i < n; i++) {
             float * to = (float *) ((char *) job.dst->data + columns[i].dst_offset) + row;
