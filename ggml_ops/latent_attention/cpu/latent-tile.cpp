@@ -29,6 +29,18 @@ template <typename KeyOf> static View view_of_keys(const MaskRows & mask, int64_
     return set == 0 ? View::OPEN : visible == 0 ? View::CLOSED : View::MIXED;
 }
 
+// The same for a list of keys. Those of a sequence that was never changed follow each other, which is faster to read.
+static View view_of_listed(const MaskRows & mask, const int32_t * keys, int64_t n_keys) {
+    bool in_order = true;
+    for (int64_t i = 1; i < n_keys; ++i) {
+        in_order &= keys[i] == keys[0] + i;
+    }
+    if (in_order) {
+        return view_of_keys(mask, n_keys, [&](int64_t i) { return keys[0] + i; });
+    }
+    return view_of_keys(mask, n_keys, [&](int64_t i) { return keys[i]; });
+}
+
 Keys keys_of(const ggml_tensor * order, int64_t group, int64_t n_keys) {
     if (!order) {
         return { nullptr, n_keys };
@@ -45,11 +57,11 @@ View view_of(const MaskRows & mask, const Keys & keys, int64_t begin, int64_t n_
     if (!keys.order) {
         return view_of_keys(mask, n_keys, [&](int64_t i) { return begin + i; });
     }
-    return view_of_keys(mask, n_keys, [&](int64_t i) { return keys.order[begin + i]; });
+    return view_of_listed(mask, keys.order + begin, n_keys);
 }
 
 View view_of(const MaskRows & mask, const KeyTile & tile) {
-    return view_of_keys(mask, tile.masked ? tile.n_keys : 0, [&](int64_t i) { return tile.key[i]; });
+    return view_of_listed(mask, tile.key, tile.masked ? tile.n_keys : 0);
 }
 
 // Starts with the last query: under a causal mask it sees the most.
