@@ -350,8 +350,11 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
             add([&](Shape & s) { s.values = "faint", s.n_tokens = n; });
         }
     }
-    for (const int64_t n :
-         { 1, 4, 300 }) {  // many threads divide rows, columns, and a row of activations; 300: streamed
+    for (const int64_t blocks : { 9, 13 }) {  // more than two panels, the last one often not full
+        add([&](Shape & s) { s.k = blocks * kind.block, s.n_tokens = 40; });
+    }
+    // many threads divide rows, columns, and a row of activations; the last result is streamed
+    for (const int64_t n : { 1, 4, 300 }) {
         add([&](Shape & s) { s.n_rows = 912, s.n_tokens = n; });
     }
     for (const int64_t n : { 1, 3 }) {  // few threads have tasks of more rows
@@ -496,14 +499,17 @@ int main() {
         unsetenv("KIMI_REPACK");
     }
     Shape large;
-    large.type   = GGML_TYPE_Q8_0;
-    large.n_rows = 520;
+    large.type = GGML_TYPE_Q8_0;
     for (const int64_t n_experts : { 0, 8 }) {
         for (const int64_t n_tokens : { 1, 300 }) {
-            large.n_experts = n_experts;
-            large.n_tokens  = n_tokens;
-            if (chosen()) {
-                check_numa(large);
+            // of 8 experts and 300 tokens, the result is large: of 528 rows it is streamed, rows of 520 do not begin at lines
+            for (const int64_t n_rows : { 520, 528 }) {
+                large.n_experts = n_experts;
+                large.n_tokens  = n_tokens;
+                large.n_rows    = n_rows;
+                if (chosen()) {
+                    check_numa(large);
+                }
             }
         }
     }

@@ -33,7 +33,8 @@ constexpr int PANEL_ROWS    = 32;
 // With i8mm, panels hold the scales and factors of each row twice, in the order of the sums (quant-gemm-tile-i8mm.cpp).
 constexpr int ROW_NUMBERS = (QUANT_GEMM_I8MM ? 2 : 1) * PANEL_ROWS;
 
-// Panels that follow each other in K and are multiplied at once, so that sums are loaded and stored less often.
+// Panels that follow each other in K and are multiplied at once, so that the float sums of most types are loaded and
+// stored less often.
 constexpr int MAX_PANELS = QUANT_GEMM_NEON ? 1 : 2;
 
 constexpr int SLICE    = 256;  // values of K in a panel, so that its 8 KiB and the activations fit in L1

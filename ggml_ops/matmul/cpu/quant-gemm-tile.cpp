@@ -30,13 +30,23 @@ template <int N_C> static inline void load_columns(const char * const * columns,
     }
 }
 
-// Moves on to the activations of the next panel.
-template <Scheme SCHEME, int N_C> static inline void next_panel(const char * (&act)[N_C]) {
-#pragma GCC                                          unroll 8
+// Moves on to the next panel and its activations; false if there is none.
+template <Scheme SCHEME, int N_C>
+static inline bool next_panel(const Panel *& panels, int & n_blocks, const char * (&act)[N_C]) {
+    if (MAX_PANELS == 1) {
+        return false;
+    }
+    panels++;
+    n_blocks -= panel_blocks(SCHEME);
+#pragma GCC unroll 8
     for (int c = 0; c < N_C; c++) {
         act[c] += act_row_size(SCHEME, panel_blocks(SCHEME) * BLOCK);
     }
+    return n_blocks > 0;
 }
+
+// Whether the tiles of the first panels set the sums. Otherwise the sums are set to zero before; NEON has few registers.
+static constexpr bool SETS_SUMS = !QUANT_GEMM_NEON;
 
 // first: the sums are not in memory yet, and zero
 template <int N_C> static inline void load_sums(const float * sums, bool first, FloatGrid<N_C> & f) {
@@ -44,7 +54,7 @@ template <int N_C> static inline void load_sums(const float * sums, bool first, 
     for (int c = 0; c < N_C; c++) {
 #pragma GCC unroll 2
         for (int v = 0; v < TILE_VECTORS; v++) {
-            f[c][v] = first ? floats(0.0f) : load_floats(sums + c * PANEL_ROWS + v * LANES);
+            f[c][v] = SETS_SUMS && first ? floats(0.0f) : load_floats(sums + c * PANEL_ROWS + v * LANES);
         }
     }
 }
@@ -168,7 +178,7 @@ tile_q8_0(const Panel * panels, int row, int n_blocks, const char * const * colu
     const char * act[N_C];
     load_columns(columns, act);
     load_sums<N_C>(sums, first, f);
-    for (; n_blocks > 0; n_blocks -= N_BLOCKS, panels++, next_panel<Scheme::q8_0>(act)) {
+    do {
         const uint8_t * weights = panels->codes[0][0][row];
         const float *   scales  = panels->scales[0] + row;
         for (int b = 0; b < std::min(n_blocks, N_BLOCKS); b++) {
@@ -185,7 +195,7 @@ tile_q8_0(const Panel * panels, int row, int n_blocks, const char * const * colu
             weights += BLOCK * PANEL_ROWS;
             scales += PANEL_ROWS;
         }
-    }
+    } while (next_panel<Scheme::q8_0>(panels, n_blocks, act));
     store_sums<N_C>(f, sums);
 }
 
@@ -199,7 +209,7 @@ tile_q8_K(const Panel * panels, int row, int n_blocks, const char * const * colu
     constexpr int STARTS  = SUB == SLICE ? offsetof(ActSuperBlock, start) : offsetof(ActSuperBlock, starts);
     const char *  act[N_C];
     load_columns(columns, act);
-    for (; n_blocks > 0; n_blocks -= N_BLOCKS, panels++, next_panel<SCHEME>(act), first = false) {
+    do {
         const Panel & panel = *panels;
         IntGrid<N_C>  products;
         fill(products, ints(0));
@@ -248,7 +258,7 @@ tile_q8_K(const Panel * panels, int row, int n_blocks, const char * const * colu
             for (int c = 0; c < N_C; c++) {
                 const Floats scale = broadcast_floats(act[c] + offsetof(ActSuperBlock, scale));
                 float *      to    = sums + c * PANEL_ROWS + LANES * v;
-                const Floats sum   = first ? floats(0.0f) : load_floats(to);
+                const Floats sum   = SETS_SUMS && first ? floats(0.0f) : load_floats(to);
                 const Ints   whole = products[c][v];
                 if constexpr (MIN_SUB == 0) {
                     store_floats(to, add_super_block(sum, whole, d, scale));
@@ -263,7 +273,8 @@ tile_q8_K(const Panel * panels, int row, int n_blocks, const char * const * colu
                 }
             }
         }
-    }
+        first = false;
+    } while (next_panel<SCHEME>(panels, n_blocks, act));
 }
 
 #if QUANT_GEMM_BF16
@@ -276,7 +287,7 @@ tile_bf16(const Panel * panels, int row, int n_blocks, const char * const * colu
     load_columns(columns, act);
     load_sums<N_C>(sums, first, f);
     constexpr int MOST = panel_blocks(Scheme::bf16);
-    for (; n_blocks > 0; n_blocks -= MOST, panels++, next_panel<Scheme::bf16>(act)) {
+    do {
         const uint16_t * weights = panels->pairs[0][0][row];
         for (int p = 0; p < std::min(n_blocks, MOST) * N_PAIRS; p++) {
             const __m512bh w0 = (__m512bh) load_ints(weights + p * PANEL_ROWS * 2);
@@ -288,7 +299,7 @@ tile_bf16(const Panel * panels, int row, int n_blocks, const char * const * colu
                 f[c][1]          = _mm512_dpbf16_ps(f[c][1], w1, a);
             }
         }
-    }
+    } while (next_panel<Scheme::bf16>(panels, n_blocks, act));
     store_sums<N_C>(f, sums);
 }
 
@@ -303,7 +314,7 @@ tile_halves(const Panel * panels, int row, int n_blocks, const char * const * co
     load_columns(columns, act);
     load_sums<N_C>(sums, first, f);
     constexpr int MOST = panel_blocks(Scheme::f16);
-    for (; n_blocks > 0; n_blocks -= MOST, panels++, next_panel<Scheme::f16>(act)) {
+    do {
         for (int k = 0; k < std::min(n_blocks, MOST) * BLOCK; k += 4) {
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
@@ -317,7 +328,7 @@ tile_halves(const Panel * panels, int row, int n_blocks, const char * const * co
                 }
             }
         }
-    }
+    } while (next_panel<Scheme::f16>(panels, n_blocks, act));
     store_sums<N_C>(f, sums);
 }
 
@@ -403,11 +414,11 @@ void multiply(const Format & format,
         for (size_t i = ahead.size * t / n_tiles; i < ahead.size * (t + 1) / n_tiles; i += CACHE_LINE) {
             __builtin_prefetch(ahead.first + i);
         }
+        if (!SETS_SUMS && first_panels) {
+            std::fill(sums + first * PANEL_ROWS, sums + end * PANEL_ROWS, 0.0f);
+        }
 #if QUANT_GEMM_I8MM
         if (in_pairs) {
-            if (first_panels) {
-                std::fill(sums + first * PANEL_ROWS, sums + end * PANEL_ROWS, 0.0f);
-            }
             multiply_i8mm(format, *panels, n_blocks, { columns.at + first, end - first }, sums + first * PANEL_ROWS);
             continue;
         }
