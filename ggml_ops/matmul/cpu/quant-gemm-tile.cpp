@@ -313,6 +313,8 @@ tile_halves(const Panel * panels, int row, int n_blocks, const char * const * co
     const char * act[N_C];
     load_columns(columns, act);
     load_sums<N_C>(sums, first, f);
+    // activations are float32 for both types
+    static_assert(QUANT_GEMM_BF16 || act_row_size(Scheme::bf16, BLOCK) == act_row_size(Scheme::f16, BLOCK), "");
     constexpr int MOST = panel_blocks(Scheme::f16);
     do {
         for (int k = 0; k < std::min(n_blocks, MOST) * BLOCK; k += 4) {

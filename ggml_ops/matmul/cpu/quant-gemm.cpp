@@ -33,7 +33,7 @@ static constexpr int TASKS_PER_THREAD = 8;
 static constexpr size_t STREAMED_RESULT = 1 << 20;
 
 // Up to so many columns there are too few tiles to prefetch all of the next rows with them, or to multiply two panels.
-static constexpr int FEW_TILES = 24;
+static constexpr int COLUMNS_OF_FEW_TILES = 24;
 
 // What a task costs apart from its multiplications, as rows; and a row of it (unpacking), as columns.
 static constexpr int TASK_COST = 4;
@@ -230,17 +230,17 @@ static const char * weights_of(const ggml_tensor * product, int64_t matrix) {
 // does not recognize. So the next rows, `ahead`, are prefetched in address order, a few lines with each tile: all at
 // once would fill the queue for the reads of the tiles themselves. With few columns, and so few tiles, half of them are
 // prefetched before unpacking; into L1, too, where that is faster.
-static void add_panel(const Format &      format,
-                      const ggml_tensor * src0,
-                      const char *        weights,
-                      int64_t             row,
-                      const Ahead &       ahead,
-                      Columns             columns,
-                      Panel (&panels)[MAX_PANELS],
-                      Sums & sums) {
+static void multiply_rows(const Format &      format,
+                          const ggml_tensor * src0,
+                          const char *        weights,
+                          int64_t             row,
+                          const Ahead &       ahead,
+                          Columns             columns,
+                          Panel (&panels)[MAX_PANELS],
+                          Sums & sums) {
     const int64_t n_blocks = src0->ne[0] / BLOCK;
     const int     each     = panel_blocks(format.scheme);
-    const int     step     = columns.n > FEW_TILES ? MAX_PANELS * each : each;
+    const int     step     = columns.n > COLUMNS_OF_FEW_TILES ? MAX_PANELS * each : each;
     const size_t  act_step = act_row_size(format.scheme, step * BLOCK);
     const bool    into_l1  = prefetches_in_order();
     const char *  next     = ahead.first;
@@ -249,7 +249,7 @@ static void add_panel(const Format &      format,
     for (int64_t block = 0; block < n_blocks; block += step) {
         const int    here   = (int) std::min<int64_t>(step, n_blocks - block);
         const size_t piece  = ahead.size * here / n_blocks;
-        const size_t before = columns.n <= FEW_TILES ? piece / 2 : 0;
+        const size_t before = columns.n <= COLUMNS_OF_FEW_TILES ? piece / 2 : 0;
         if (into_l1) {
             prefetch<3>(next, before);
         } else {
@@ -431,7 +431,7 @@ static void compute_task(const Format & format,
             const int64_t       n_then  = last ? n_after : n_rows;
             const size_t        stride  = follows->src[0]->nb[1];
             const Ahead         ahead   = { weights_of(follows, then.matrix) + then.row * stride, n_then * stride };
-            add_panel(format, src0, weights, row, ahead, { act, n }, scratch.panels, scratch.sums[p]);
+            multiply_rows(format, src0, weights, row, ahead, { act, n }, scratch.panels, scratch.sums[p]);
         }
         for (int i = 0; i < n; i++) {
             float * to = (float *) ((char *) job.dst->data + columns[i].dst_offset) + row;
