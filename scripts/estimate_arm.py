@@ -168,18 +168,19 @@ LLVM 16 gives the Neoverse V2 the model of the N2, which has two vector units (V
 register is replaced by `dup`, because llvm-mca makes `fmov` wait for the register's upper half. LLVM 16 gives the
 Cortex-A510 the model of the Cortex-A55. Its newest model of an Apple core is of 2013. Figures of Apple cores are
 computed from numbers of instructions and the [published throughputs of the M1]({apple}): four
-vector instructions, three loads and eight instructions of any kind per cycle, as if nothing ever waited. The M2 is
-assumed to be equal, with four `smmla` per cycle. Read them as limits.
+vector instructions, three loads, two stores, four loads and stores, and eight instructions of any kind per cycle, as if
+nothing ever waited. The M2 is assumed to be equal, with four `smmla` per cycle. Read them as limits.
 
-All figures are cycles for 16 int8 multiply-adds; fewer is better. `sdot` computes 16 and `smmla` (i8mm) 32.
+Figures of prompts and decoding are cycles for 16 int8 multiply-adds; fewer is better. `sdot` computes 16 and `smmla`
+(i8mm) 32. Bold: patched. Dash: upstream has no such kernel.
 
 ## Prompts
 
 In parentheses: the share of the peak, and its [limit](#limits-of-the-share). The peak is the rate of independent `sdot`
-or `smmla` instructions. *Interleaved*: upstream's kernel for the weights that it interleaves at load. Our figures are
-of a whole tile: four columns by eight rows by 256 values, with factors, minima and scales. Work that serves many tiles
-is not included: a panel is unpacked once for all columns of a task (up to 128); with i8mm, two columns are paired once
-for 32 rows. Upstream's figures are of its loops, which unpack the weights again for every four columns.
+or `smmla` instructions. *Interleaved*: upstream's kernel for the weights that it interleaves at load. Patched figures
+are of a whole tile: four columns by eight rows by 256 values, with factors, minima and scales. Work that serves many
+tiles is not included: a panel is unpacked once for all columns of a task (up to 128); with i8mm, two columns are paired
+once for 32 rows. Upstream's figures are of its loops, which unpack the weights again for every four columns.
 
 The figures are of single matrices. Upstream multiplies interleaved experts by one column at a time, at the rate of
 decoding (below). So the patched build interleaves no experts, unless `--repack` is given. On CPUs without i8mm it
@@ -190,25 +191,26 @@ interleaved figures are of `sdot`.
 {prompts}
 ### Limits of the share
 
-A share of 100 % is not possible. Weights and activations are loaded. Sums are converted, multiplied with factors and
+A share of 100 % is not possible. Weights and activations are loaded. Sums are converted, multiplied by factors and
 scales, and added; minima are subtracted. The limit is the share of a tile that has only these instructions, as many of
-each as the compiled tile, and none of which waits for the result of another one. llvm-mca computes it for two orders:
-one kind of instruction after the other, or all kinds evenly mixed. The faster order counts; another order may be a
-little faster. The difference between the share and its limit is waiting, and instructions that are not counted: moves,
-copies, zeroing, transposing, and loads and stores on the stack. Another algorithm could have another limit.
+each as the compiled tile, and none of which waits for the result of another one. For Apple cores it is counted, too.
+For the others llvm-mca computes it for two orders: one kind of instruction after the other, or all kinds evenly mixed.
+The faster order counts; another order may be a little faster. The difference between the share and its limit is
+waiting, and instructions that are not counted: moves, copies, zeroing, transposing, and loads and stores on the stack.
+Another algorithm could have another limit.
 
 The table has the vector instructions of a tile: dot products of weights + other arithmetic; loads and stores; those
 that are not counted.
 
 {instructions}
 In LLVM's model of the Cortex-A55, and so in that of the A510, a dot product and a load of 128 bits are never issued in
-the same cycle. So loads limit the share, too. In LLVM's model of the N2, which stands for the V2 here, there is one
-unit for conversions and for products of integers that are not dot products. A conversion of four sums takes it for two
-cycles. This limits Q4_0 with i8mm.
+the same cycle. So loads limit the share, too. In LLVM's model of the N2, which LLVM 16 also uses for the V2, there is
+one unit for conversions and for products of integers that are not dot products. A conversion of four sums takes it for
+two cycles. This limits Q4_0 with i8mm.
 
 The Cortex-A55 executes instructions in order. A dot product can follow another one with the same sum after four cycles.
 So the code loads weights ahead, and adds to eight sums in turn. [Orders that the compiler
-chose](negative-results.md#matmul-cpu) reached up to 51 % in the inner loop alone, but were slower on other cores.
+chose](negative-results.md#matmul-cpu) were slower, at least on other cores.
 
 ## Decoding
 
@@ -249,14 +251,16 @@ def counted(instructions: Sequence[str]) -> float:
     """
     The cycles that an Apple core needs at least for one turn of a loop: its busiest units.
 
-    Moves between registers and zeroing take no unit.
+    Moves between registers and zeroing take no unit. Loads and stores have units of their own.
     """
-    loads = [line for line in instructions if line.startswith("ld")]
-    free = [
-        line for line in instructions if re.match(r"(mov|movi)\s+v\d+\.(16b, v\d+\.16b|\w+, #0x0)$", line)
-    ]
-    vector = [line for line in instructions if re.search(r"\b[vsdhq]\d+\b", line)]
-    return max(len(instructions) / 8, len(loads) / 3, (len(vector) - len(loads) - len(free)) / 4)
+    loads = sum(line.startswith("ld") for line in instructions)
+    stores = sum(line.startswith("st") for line in instructions)
+    free = r"(mov|movi)\s+v\d+\.(16b, v\d+\.16b|\w+, #0x0)$"
+    vector = sum(
+        bool(re.search(r"\b[vsdhq]\d+\b", line)) and not re.match(rf"ld|st|{free}", line)
+        for line in instructions
+    )
+    return max(len(instructions) / 8, loads / 3, stores / 2, (loads + stores) / 4, vector / 4)
 
 
 def cycles(instructions: Sequence[str], core: Core) -> float:

@@ -7,8 +7,8 @@
 // A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes: for each group of four consecutive k, four
 // bytes of every row. Types with signed values are shifted by an offset. To remove its contribution, offset times the sum
 // of the activations' quants, each integer sum starts at minus that. Where sums have 16 bits (AVX2), factors times the
-// offset are subtracted as minima are, and types of 8 bits stay signed. With i8mm, groups have eight k, and all bytes are
-// signed.
+// offset are subtracted as minima are, and types of 8 bits stay signed. With NEON all bytes are signed; with i8mm, groups
+// have eight k.
 
 #include "quant-gemm-vector.h"
 #include "quant-gemm.h"
@@ -29,6 +29,16 @@ constexpr int PANEL_VECTORS = 2;
 constexpr int PANEL_ROWS    = 32;
 
 #endif
+
+// Whether quants are signed in panels, and no integer sum starts at an offset.
+constexpr bool SIGNED_PANELS = QUANT_GEMM_NEON;
+
+// Whether panels have the differences between factors and the next ones. Then tiles do not reset integer sums after each
+// factor: a sum includes all weights up to it.
+constexpr bool FACTOR_DIFFERENCES = QUANT_GEMM_NEON;
+
+// Neighbouring minima of a row, which are bytes with NEON, as many as an instruction multiplies.
+constexpr int MINIMA_TOGETHER = QUANT_GEMM_I8MM ? 8 : 4;
 
 // With i8mm, panels hold the scales and factors of each row twice, in the order of the sums (quant-gemm-tile-i8mm.cpp).
 constexpr int ROW_NUMBERS = (QUANT_GEMM_I8MM ? 2 : 1) * PANEL_ROWS;
@@ -69,7 +79,8 @@ constexpr bool has_minima(Scheme scheme) {
 
 #if QUANT_GEMM_KERNELS
 
-// Integer sums start at minus the offset times the sum of activations; else factors times the offset are minima.
+// Integer sums start at minus the offset times the sum of activations (in tiles only without SIGNED_PANELS); else factors
+// times the offset are minima.
 constexpr bool has_starts(Scheme scheme) {
     return !SUMS_OF_16_BITS && !has_minima(scheme) && !is_plain(scheme);
 }
@@ -152,7 +163,7 @@ struct alignas(64) Panel {
 
     union {
         int16_t minima[N_BLOCKS][PANEL_ROWS][2];  // of two neighbouring blocks of 32 (half of the array), or of 16
-        int8_t  minima_of_8[2][PANEL_ROWS][8];    // with i8mm: of eight blocks
+        int8_t  minima_in_bytes[SLICE / 16 / MINIMA_TOGETHER][PANEL_ROWS][MINIMA_TOGETHER];  // with NEON
     };
 
     float minimum_scales[ROW_NUMBERS];

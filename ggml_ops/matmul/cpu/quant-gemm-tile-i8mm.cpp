@@ -85,12 +85,12 @@ template <int P> static inline void store_sums(const FloatGrid<P> & f, float * c
     }
 }
 
-template <int P> static inline void fill(SumGrid<P> & z, Ints x) {
+template <int P> static inline void clear(SumGrid<P> & z) {
 #pragma GCC                         unroll 2
     for (int p = 0; p < P; p++) {
 #pragma GCC unroll 4
         for (int r = 0; r < ROW_PAIRS; r++) {
-            z[p][r] = x;
+            z[p][r] = zero();
         }
     }
 }
@@ -140,15 +140,16 @@ static inline void sum_minima(const Panel & panel, int row, const ColumnPair (&p
     for (int r = 0; r < ROW_PAIRS; r++) {
 #pragma GCC unroll 2
         for (int p = 0; p < P; p++) {
-            Ints sum = ints(0);
+            Ints sum = zero();
 #pragma GCC unroll 2
             for (int i = 0; i < N / 8; i++) {
-                sum = add_products_of_two(sum, pairs[p].high_sums[i], load_ints(panel.minima_of_8[i][row + 2 * r]));
+                sum = add_products_of_two(sum, pairs[p].high_sums[i], load_ints(panel.minima_in_bytes[i][row + 2 * r]));
             }
             sum = vshlq_n_s32(sum, 8);
 #pragma GCC unroll 2
             for (int i = 0; i < N / 8; i++) {
-                sum = add_products_of_unsigned(sum, pairs[p].low_sums[i], load_ints(panel.minima_of_8[i][row + 2 * r]));
+                sum = add_products_of_unsigned(sum, pairs[p].low_sums[i],
+                                               load_ints(panel.minima_in_bytes[i][row + 2 * r]));
             }
             z[p][r] = sum;
         }
@@ -164,7 +165,7 @@ static void tile_of_blocks(
     const uint8_t * weights = panel.codes[0][0][0] + 8 * row;
     for (int b = 0; b < n_blocks; b++) {
         SumGrid<P> z;
-        fill<P>(z, ints(0));
+        clear<P>(z);
         add_eights<P, BLOCK / 8>(z, weights, pairs, b * BLOCK / 8);
 #pragma GCC unroll 4
         for (int r = 0; r < ROW_PAIRS; r++) {
@@ -179,15 +180,14 @@ static void tile_of_blocks(
     store_sums<P>(f, sums);
 }
 
-// 256 values: a factor for some weights; minima, or none. Sums are not reset after a factor: they include all weights up
-// to it. So each is multiplied by its factor minus the next one; panels hold these differences.
+// 256 values: a factor for some weights; minima, or none. Sums are not reset after a factor (FACTOR_DIFFERENCES).
 template <Scheme SCHEME, int P>
 static void tile_of_super_block(
     const Panel & panel, int row, int, const ColumnPair (&pairs)[COLUMN_PAIRS], float * const (&sums)[2 * P]) {
     constexpr int SUB = weights_per_factor(SCHEME);
     SumGrid<P>    products, z;
-    fill<P>(products, ints(0));
-    fill<P>(z, ints(0));
+    clear<P>(products);
+    clear<P>(z);
     const uint8_t * weights = panel.codes[0][0][0] + 8 * row;
     for (int b = 0; b < SLICE / SUB; b++) {
         add_eights<P, SUB / 8>(z, weights, pairs, b * SUB / 8);

@@ -69,14 +69,19 @@ template <int N_C> static inline void store_sums(const FloatGrid<N_C> & f, float
     }
 }
 
-template <int N, int M> static inline void fill(Ints (&z)[N][M], Ints x) {
+template <int N, int M> static inline void clear(Ints (&z)[N][M]) {
 #pragma GCC                                unroll 8
     for (int i = 0; i < N; i++) {
 #pragma GCC unroll 4
         for (int j = 0; j < M; j++) {
-            z[i][j] = x;
+            z[i][j] = zero();
         }
     }
+}
+
+// Whether the 32-bit sums of products start at a number in the activations; not where the quants in panels are signed.
+static constexpr bool sums_start(Scheme scheme) {
+    return has_starts(scheme) && !SIGNED_PANELS;
 }
 
 // All sums of a column start at the number in its activations.
@@ -146,7 +151,11 @@ static inline void
 sum_block(IntGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N_C], int offset, int start) {
     constexpr int STEP = groups_together(CODES);
     if constexpr (!SUMS_OF_16_BITS) {
-        start_sums<N_C>(z, act, start);
+        if constexpr (sums_start(Scheme::q8_0)) {
+            start_sums<N_C>(z, act, start);
+        } else {
+            clear(z);
+        }
         add_groups<CODES, N_C, STEP>(z, weights, act, offset);
     } else {
         constexpr bool STARTS = CODES != Codes::bytes;  // the start of signed bytes is 0
@@ -156,7 +165,7 @@ sum_block(IntGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N
 #pragma GCC unroll 8
         for (int g = 0; g < N_GROUPS; g += STEP) {
             IntGrid<N_C> s;
-            fill(s, ints(0));
+            clear(s);
             add_groups<CODES, N_C, STEP>(s, weights + g * PANEL_ROWS * 4, act, offset + g * 4);
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
@@ -199,6 +208,74 @@ tile_q8_0(const Panel * panels, int row, int n_blocks, const char * const * colu
     store_sums<N_C>(f, sums);
 }
 
+// Integer sums of products of N minima with the sums of quants that begin at SUMS in the activations.
+#if QUANT_GEMM_NEON
+
+// Bytes: the upper ones of the sums of quants, which are signed, then the lower ones. Minima are less than 64.
+template <int N, size_t SUMS, int N_C>
+static inline void sum_minima(const Panel & panel, int row, const char * const (&act)[N_C], IntGrid<N_C> & z) {
+    FourGroups low[N_C], high[N_C];
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        const Ints a = load_ints(act[c] + SUMS);
+        const Ints b = N == 16 ? load_ints(act[c] + SUMS + sizeof(Ints)) : a;
+        low[c]       = to_8(lower_bytes(a, b));
+        high[c]      = to_8(upper_bytes(a, b));
+    }
+    clear(z);
+    const auto for_each = [&](auto add) {
+        const auto add_four = [&](auto i) {
+#pragma GCC unroll 2
+            for (int v = 0; v < TILE_VECTORS; v++) {
+                const Ints minima = load_ints(panel.minima_in_bytes[i][row + LANES * v]);
+#pragma GCC unroll 8
+                for (int c = 0; c < N_C; c++) {
+                    add(c, v, minima, i);
+                }
+            }
+        };
+        add_four(std::integral_constant<int, 0>());
+        add_four(std::integral_constant<int, 1>());
+        if constexpr (N == 16) {
+            add_four(std::integral_constant<int, 2>());
+            add_four(std::integral_constant<int, 3>());
+        }
+    };
+    for_each([&](int c, int v, Ints minima, auto i) {
+        z[c][v] = add_products<Codes::bytes>(z[c][v], minima, group_of<i>(high[c]));
+    });
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+#pragma GCC unroll 2
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            z[c][v] = vshlq_n_s32(z[c][v], 8);
+        }
+    }
+    for_each([&](int c, int v, Ints minima, auto i) {
+        z[c][v] = add_products_of_unsigned(z[c][v], minima, group_of<i>(low[c]));
+    });
+}
+
+#else
+
+template <int N, size_t SUMS, int N_C>
+static inline void sum_minima(const Panel & panel, int row, const char * const (&act)[N_C], IntGrid<N_C> & z) {
+    clear(z);
+#pragma GCC unroll 8
+    for (int pair = 0; pair < N / 2; pair++) {
+        const Ints m0 = load_ints(panel.minima[pair][row]);
+        const Ints m1 = load_ints(panel.minima[pair][row + LANES]);
+#pragma GCC unroll 8
+        for (int c = 0; c < N_C; c++) {
+            const Ints a = broadcast_ints(act[c] + SUMS + 4 * pair);
+            z[c][0]      = add_pairs(z[c][0], m0, a);
+            z[c][1]      = add_pairs(z[c][1], m1, a);
+        }
+    }
+}
+
+#endif
+
 // 256 values: a factor for some weights (for all: panels hold quants times factors); minima, or none
 template <Scheme SCHEME, Codes CODES, int N_C>
 static void
@@ -212,22 +289,25 @@ tile_q8_K(const Panel * panels, int row, int n_blocks, const char * const * colu
     do {
         const Panel & panel = *panels;
         IntGrid<N_C>  products;
-        fill(products, ints(0));
+        clear(products);
         const uint8_t * weights = panel.codes[0][0][row];
         const int32_t * factors = panel.factors[0] + row;
+        IntGrid<N_C>    s;
+        clear(s);
         for (int b = 0; b < SLICE / SUB; b++) {
-            IntGrid<N_C> s;
-            if constexpr (has_starts(SCHEME)) {
+            if constexpr (sums_start(SCHEME)) {
                 start_sums<N_C>(s, act, STARTS + 4 * b);
-            } else {
-                fill(s, ints(0));
+            } else if (!FACTOR_DIFFERENCES) {
+                clear(s);
             }
 #pragma GCC unroll 8
             for (int k = 0; k < SUB; k += STEP) {
                 add_groups<CODES, N_C, STEP / 4>(s, weights + k * PANEL_ROWS, act, SUB * b + k);
                 if (SUB != SLICE && (SUMS_OF_16_BITS || k + STEP == SUB)) {
                     add_times<N_C>(products, s, factors);
-                    fill(s, ints(0));
+                    if (!FACTOR_DIFFERENCES) {
+                        clear(s);
+                    }
                 }
             }
             if constexpr (SUB == SLICE) {
@@ -236,20 +316,10 @@ tile_q8_K(const Panel * panels, int row, int n_blocks, const char * const * colu
             weights += SUB * PANEL_ROWS;
             factors += PANEL_ROWS;
         }
-        PairSums minima[N_C][TILE_VECTORS] = {};
+        IntGrid<N_C> minima;
         if constexpr (MIN_SUB != 0) {
             constexpr size_t SUMS = MIN_SUB == 16 ? offsetof(ActSuperBlock, sums_16) : offsetof(ActSuperBlock, sums);
-#pragma GCC unroll 8
-            for (int pair = 0; pair < SLICE / MIN_SUB / 2; pair++) {
-                const Ints m0 = load_ints(panel.minima[pair][row]);
-                const Ints m1 = load_ints(panel.minima[pair][row + LANES]);
-#pragma GCC unroll 8
-                for (int c = 0; c < N_C; c++) {
-                    const Ints a = broadcast_ints(act[c] + SUMS + 4 * pair);
-                    minima[c][0] = add_pairs(minima[c][0], m0, a);
-                    minima[c][1] = add_pairs(minima[c][1], m1, a);
-                }
-            }
+            sum_minima<SLICE / MIN_SUB, SUMS, N_C>(panel, row, act, minima);
         }
 #pragma GCC unroll 2
         for (int v = 0; v < TILE_VECTORS; v++) {
@@ -264,7 +334,7 @@ tile_q8_K(const Panel * panels, int row, int n_blocks, const char * const * colu
                     store_floats(to, add_super_block(sum, whole, d, scale));
                     continue;
                 }
-                const Ints less = total_of_pairs(minima[c][v]);
+                const Ints less = minima[c][v];
                 if constexpr (has_minima(SCHEME)) {
                     const Floats dmin = load_floats(panel.minimum_scales + row + LANES * v);
                     store_floats(to, add_super_block(sum, whole, d, less, dmin, scale));

@@ -11,10 +11,10 @@ namespace quant_gemm {
 struct PanelLanes {
     Panel & panel;
     int     first;
-    int     offset;  // of the quants
+    int     offset;              // of the quants
+    Ints    previous = ints(0);  // factors
 #if QUANT_GEMM_I8MM
-    Ints even     = ints(0);  // the last group with an even j
-    Ints previous = ints(0);  // factors
+    Ints even = ints(0);  // the last group with an even j
 
     inline void codes(int b, int j, Ints x) {
         x = sub_8(x, bytes(offset));
@@ -28,38 +28,57 @@ struct PanelLanes {
         store_ints(to, eight[0]);
         store_ints(to + sizeof(Ints), eight[1]);
     }
-
-    inline void scales(int b, Floats x) const { store_twice(panel.scales[b] + 2 * first, x); }
-
-    // minus those that follow: see tile_of_super_block
-    inline void factors(int b, Ints x) {
-        if (b > 0) {
-            store_twice(panel.factors[b - 1] + 2 * first, sub_32(previous, x));
-        }
-        store_twice(panel.factors[b] + 2 * first, x);
-        previous = x;
-    }
-
-    inline void super_scales(Floats x) const { store_twice(panel.super_scales + 2 * first, x); }
-
-    inline void minimum_scales(Floats x) const { store_twice(panel.minimum_scales + 2 * first, x); }
-
-    inline void minima(int pair, Ints x) const { store_pairs(&panel.minima_of_8[pair / 4][first][pair % 4 * 2], x); }
 #else
-    inline void codes(int b, int j, Ints x) const { store_ints(panel.codes[b][j][first], x); }
-
-    inline void scales(int b, Floats x) const { store_floats(panel.scales[b] + first, x); }
-
-    inline void factors(int b, Ints x) const { store_ints(panel.factors[b] + first, x); }
-
-    inline void super_scales(Floats x) const { store_floats(panel.super_scales + first, x); }
-
-    inline void minima(int pair, Ints x) const { store_ints(panel.minima[pair][first], x); }
-
-    inline void minimum_scales(Floats x) const { store_floats(panel.minimum_scales + first, x); }
+    inline void codes(int b, int j, Ints x) const {
+        store_ints(panel.codes[b][j][first], SIGNED_PANELS ? sub_8(x, bytes(offset)) : x);
+    }
 #endif
 
+    inline void scales(int b, Floats x) const { store_numbers(panel.scales[b], x); }
+
+    // with FACTOR_DIFFERENCES, minus those that follow
+    inline void factors(int b, Ints x) {
+        store_numbers(panel.factors[b], x);
+        if constexpr (FACTOR_DIFFERENCES) {
+            if (b > 0) {
+                store_numbers(panel.factors[b - 1], sub_32(previous, x));
+            }
+            previous = x;
+        }
+    }
+
+    inline void super_scales(Floats x) const { store_numbers(panel.super_scales, x); }
+
+    inline void minimum_scales(Floats x) const { store_numbers(panel.minimum_scales, x); }
+
+    inline void minima(int pair, Ints x) const {
+#if QUANT_GEMM_NEON
+        constexpr int PAIRS = MINIMA_TOGETHER / 2;
+        store_pairs<MINIMA_TOGETHER>(&panel.minima_in_bytes[pair / PAIRS][first][pair % PAIRS * 2], x);
+#else
+        store_ints(panel.minima[pair][first], x);
+#endif
+    }
+
     inline void codes_times_4(int b, int j, Ints x) { codes(b, j, right_16(x, 2)); }
+
+  private:
+    // a number of each row
+    inline void store_numbers(float * to, Floats x) const {
+#if QUANT_GEMM_I8MM
+        store_twice(to + 2 * first, x);
+#else
+        store_floats(to + first, x);
+#endif
+    }
+
+    inline void store_numbers(int32_t * to, Ints x) const {
+#if QUANT_GEMM_I8MM
+        store_twice(to + 2 * first, x);
+#else
+        store_ints(to + first, x);
+#endif
+    }
 };
 
 // ---- plain numbers

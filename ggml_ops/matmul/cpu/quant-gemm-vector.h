@@ -284,6 +284,13 @@ inline Ints in_order(Ints x) {
     return x;
 }
 
+// Zero in a register of its own. Otherwise GCC 12 sets one register to zero and copies it to each sum.
+inline Ints zero() {
+    Ints x;
+    asm volatile("movi %0.4s, #0" : "=w"(x));
+    return x;
+}
+
 // Makes x depend on y. Otherwise GCC copies x before it adds to it.
 inline void keep_until(Ints (&x)[4], Ints y) {
     asm("" : "+w"(x[0]), "+w"(x[1]), "+w"(x[2]), "+w"(x[3]) : "w"(y));
@@ -440,23 +447,6 @@ inline Ints first_lane(int32_t x) {
     return vcombine_s32(vcreate_s32((uint32_t) x), vcreate_s32(0));
 }
 
-// the sum of the lanes of each vector
-inline Ints sums_of_lanes(const Ints (&x)[4]) {
-    return vpaddq_s32(vpaddq_s32(x[0], x[1]), vpaddq_s32(x[2], x[3]));
-}
-
-#if QUANT_GEMM_I8MM
-
-// Adds the products of 8 values of two columns with those of two rows. Sums: column 0 with rows 0 and 1, then column 1.
-inline Ints add_products_of_two(Ints sums, Ints columns, Ints rows) {
-    return vmmlaq_s32(sums, to_8(columns), to_8(rows));
-}
-
-// The same for columns of unsigned bytes.
-inline Ints add_products_of_unsigned(Ints sums, Ints columns, Ints rows) {
-    return vusmmlaq_s32(sums, to_unsigned_8(columns), to_8(rows));
-}
-
 // The lower bytes of the 16-bit numbers of two vectors, and the upper ones.
 inline Ints lower_bytes(Ints a, Ints b) {
     return from_8(vuzp1q_s8(to_8(a), to_8(b)));
@@ -464,6 +454,34 @@ inline Ints lower_bytes(Ints a, Ints b) {
 
 inline Ints upper_bytes(Ints a, Ints b) {
     return from_8(vuzp2q_s8(to_8(a), to_8(b)));
+}
+
+// the sum of the lanes of each vector
+inline Ints sums_of_lanes(const Ints (&x)[4]) {
+    return vpaddq_s32(vpaddq_s32(x[0], x[1]), vpaddq_s32(x[2], x[3]));
+}
+
+// Two numbers of 16 bits of each row, as bytes, every N bytes.
+template <int N> inline void store_pairs(int8_t * p, Ints x) {
+    const int16x4_t pairs = vreinterpret_s16_s8(vmovn_s16(vreinterpretq_s16_s32(x)));
+    vst1_lane_s16((int16_t *) p, pairs, 0);
+    vst1_lane_s16((int16_t *) (p + N), pairs, 1);
+    vst1_lane_s16((int16_t *) (p + 2 * N), pairs, 2);
+    vst1_lane_s16((int16_t *) (p + 3 * N), pairs, 3);
+}
+
+#if QUANT_GEMM_I8MM
+
+// Adds the products of 8 values of two columns with those of two rows. Sums: column 0 with rows 0 and 1, then column 1.
+// In assembly, as the products of a group of activations (below).
+inline Ints add_products_of_two(Ints sums, Ints columns, Ints rows) {
+    asm volatile("smmla %0.4s, %1.16b, %2.16b" : "+w"(sums) : "w"(columns), "w"(rows));
+    return sums;
+}
+
+// The same for columns of unsigned bytes.
+inline Ints add_products_of_unsigned(Ints sums, Ints columns, Ints rows) {
+    return vusmmlaq_s32(sums, to_unsigned_8(columns), to_8(rows));
 }
 
 // Four values of four rows, and the next four of each, as 8 values of the first two rows and of the last two.
@@ -482,15 +500,6 @@ inline void store_twice(float * p, Floats x) {
     store_twice((int32_t *) p, vreinterpretq_s32_f32(x));
 }
 
-// Two numbers of 16 bits of each row, as bytes, every 8 bytes.
-inline void store_pairs(int8_t * p, Ints x) {
-    const int16x4_t pairs = vreinterpret_s16_s8(vmovn_s16(vreinterpretq_s16_s32(x)));
-    vst1_lane_s16((int16_t *) p, pairs, 0);
-    vst1_lane_s16((int16_t *) (p + 8), pairs, 1);
-    vst1_lane_s16((int16_t *) (p + 16), pairs, 2);
-    vst1_lane_s16((int16_t *) (p + 24), pairs, 3);
-}
-
 #endif
 
 #endif
@@ -498,6 +507,10 @@ inline void store_pairs(int8_t * p, Ints x) {
 #if QUANT_GEMM_KERNELS
 
 #if !QUANT_GEMM_NEON
+
+inline Ints zero() {
+    return ints(0);
+}
 
 using PairSums = Ints;
 
@@ -658,8 +671,16 @@ template <int I> inline Group<I> group_of(FourGroups x) {
     return { x };
 }
 
+// In assembly, so that GCC 12 does not copy sums from register to register, and executed in this order.
 template <Codes, int I> inline Ints add_products(Ints sums, Ints codes, Group<I> acts) {
-    return vdotq_laneq_s32(sums, to_8(codes), acts.four, I);
+    asm volatile("sdot %0.4s, %1.16b, %2.4b[%c3]" : "+w"(sums) : "w"(codes), "w"(acts.four), "i"(I));
+    return sums;
+}
+
+// Adds the products of four unsigned values to the sums.
+template <int I> inline Ints add_products_of_unsigned(Ints sums, Ints a, Group<I> b) {
+    const uint8x16_t four = vreinterpretq_u8_s8(b.four);
+    return from_32(vdotq_laneq_u32(to_32(sums), to_unsigned_8(a), four, I));
 }
 
 #else
