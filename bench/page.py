@@ -374,7 +374,7 @@ def model_part(name: str, model: Data, page: Path) -> str:
     if lines := report.not_measured_lines(model):
         parts.append("\n".join(f"- {line}" for line in lines) + "\n")
     parts.append(
-        "Memory in MiB, and the time of loading from the page cache:\n\n"
+        "Memory in MiB, and the time of loading, with as much of the file in the page cache as fits:\n\n"
         + markdown(report.memory_table(model["model"]))
     )
     about = model["model"]["about"]
