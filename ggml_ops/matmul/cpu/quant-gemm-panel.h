@@ -222,6 +222,16 @@ struct Columns {
 
 #if QUANT_GEMM_KERNELS
 
+template <int N, int M> inline void clear(Ints (&sums)[N][M]) {
+#pragma GCC                         unroll 8
+    for (int i = 0; i < N; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < M; j++) {
+            sums[i][j] = zero();
+        }
+    }
+}
+
 // The float operations of 256 values, for all kernels, so that the sums of a row and a column have the same bits in each
 // of them. products: integer sum of quants times factors.
 inline Floats add_super_block(Floats sum, Ints products, Floats scale, Floats act_scale) {

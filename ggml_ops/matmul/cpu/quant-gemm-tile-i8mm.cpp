@@ -85,16 +85,6 @@ template <int P> static inline void store_sums(const FloatGrid<P> & f, float * c
     }
 }
 
-template <int P> static inline void clear(SumGrid<P> & z) {
-#pragma GCC                         unroll 2
-    for (int p = 0; p < P; p++) {
-#pragma GCC unroll 4
-        for (int r = 0; r < ROW_PAIRS; r++) {
-            z[p][r] = zero();
-        }
-    }
-}
-
 // Eight values of the rows and columns of a tile.
 template <int P> struct Eight {
     Ints rows[ROW_PAIRS];
@@ -165,7 +155,7 @@ static void tile_of_blocks(
     const uint8_t * weights = panel.codes[0][0][0] + 8 * row;
     for (int b = 0; b < n_blocks; b++) {
         SumGrid<P> z;
-        clear<P>(z);
+        clear(z);
         add_eights<P, BLOCK / 8>(z, weights, pairs, b * BLOCK / 8);
 #pragma GCC unroll 4
         for (int r = 0; r < ROW_PAIRS; r++) {
@@ -186,8 +176,8 @@ static void tile_of_super_block(
     const Panel & panel, int row, int, const ColumnPair (&pairs)[COLUMN_PAIRS], float * const (&sums)[2 * P]) {
     constexpr int SUB = weights_per_factor(SCHEME);
     SumGrid<P>    products, z;
-    clear<P>(products);
-    clear<P>(z);
+    clear(products);
+    clear(z);
     const uint8_t * weights = panel.codes[0][0][0] + 8 * row;
     for (int b = 0; b < SLICE / SUB; b++) {
         add_eights<P, SUB / 8>(z, weights, pairs, b * SUB / 8);

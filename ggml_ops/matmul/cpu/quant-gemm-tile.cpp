@@ -69,16 +69,6 @@ template <int N_C> static inline void store_sums(const FloatGrid<N_C> & f, float
     }
 }
 
-template <int N, int M> static inline void clear(Ints (&z)[N][M]) {
-#pragma GCC                                unroll 8
-    for (int i = 0; i < N; i++) {
-#pragma GCC unroll 4
-        for (int j = 0; j < M; j++) {
-            z[i][j] = zero();
-        }
-    }
-}
-
 // Whether the 32-bit sums of products start at a number in the activations; not where the quants in panels are signed.
 static constexpr bool sums_start(Scheme scheme) {
     return has_starts(scheme) && !SIGNED_PANELS;
@@ -211,7 +201,8 @@ tile_q8_0(const Panel * panels, int row, int n_blocks, const char * const * colu
 // Integer sums of products of N minima with the sums of quants that begin at SUMS in the activations.
 #if QUANT_GEMM_NEON
 
-// Bytes: the upper ones of the sums of quants, which are signed, then the lower ones. Minima are less than 64.
+// Minima are bytes, in the order of a group of weights. A sum is 256 times its upper byte plus its lower one, which is
+// signed, too.
 template <int N, size_t SUMS, int N_C>
 static inline void sum_minima(const Panel & panel, int row, const char * const (&act)[N_C], IntGrid<N_C> & z) {
     FourGroups low[N_C], high[N_C];
@@ -220,30 +211,12 @@ static inline void sum_minima(const Panel & panel, int row, const char * const (
         const Ints a = load_ints(act[c] + SUMS);
         const Ints b = N == 16 ? load_ints(act[c] + SUMS + sizeof(Ints)) : a;
         low[c]       = to_8(lower_bytes(a, b));
-        high[c]      = to_8(upper_bytes(a, b));
+        high[c]      = to_8(upper_bytes(add_16(a, 128), add_16(b, 128)));
     }
+    const uint8_t * minima = (const uint8_t *) panel.minima_in_bytes[0][row];
+    const auto      groups = std::make_integer_sequence<int, N / MINIMA_TOGETHER>();
     clear(z);
-    const auto for_each = [&](auto add) {
-        const auto add_four = [&](auto i) {
-#pragma GCC unroll 2
-            for (int v = 0; v < TILE_VECTORS; v++) {
-                const Ints minima = load_ints(panel.minima_in_bytes[i][row + LANES * v]);
-#pragma GCC unroll 8
-                for (int c = 0; c < N_C; c++) {
-                    add(c, v, minima, i);
-                }
-            }
-        };
-        add_four(std::integral_constant<int, 0>());
-        add_four(std::integral_constant<int, 1>());
-        if constexpr (N == 16) {
-            add_four(std::integral_constant<int, 2>());
-            add_four(std::integral_constant<int, 3>());
-        }
-    };
-    for_each([&](int c, int v, Ints minima, auto i) {
-        z[c][v] = add_products<Codes::bytes>(z[c][v], minima, group_of<i>(high[c]));
-    });
+    add_some_groups<Codes::bytes, N_C>(z, minima, high, groups);
 #pragma GCC unroll 8
     for (int c = 0; c < N_C; c++) {
 #pragma GCC unroll 2
@@ -251,9 +224,7 @@ static inline void sum_minima(const Panel & panel, int row, const char * const (
             z[c][v] = vshlq_n_s32(z[c][v], 8);
         }
     }
-    for_each([&](int c, int v, Ints minima, auto i) {
-        z[c][v] = add_products_of_unsigned(z[c][v], minima, group_of<i>(low[c]));
-    });
+    add_some_groups<Codes::bytes, N_C>(z, minima, low, groups);
 }
 
 #else
@@ -297,8 +268,6 @@ tile_q8_K(const Panel * panels, int row, int n_blocks, const char * const * colu
         for (int b = 0; b < SLICE / SUB; b++) {
             if constexpr (sums_start(SCHEME)) {
                 start_sums<N_C>(s, act, STARTS + 4 * b);
-            } else if (!FACTOR_DIFFERENCES) {
-                clear(s);
             }
 #pragma GCC unroll 8
             for (int k = 0; k < SUB; k += STEP) {

@@ -64,19 +64,11 @@ struct PanelLanes {
 
   private:
     // a number of each row
-    inline void store_numbers(float * to, Floats x) const {
+    template <typename Number, typename Vector> inline void store_numbers(Number * to, Vector x) const {
 #if QUANT_GEMM_I8MM
         store_twice(to + 2 * first, x);
 #else
-        store_floats(to + first, x);
-#endif
-    }
-
-    inline void store_numbers(int32_t * to, Ints x) const {
-#if QUANT_GEMM_I8MM
-        store_twice(to + 2 * first, x);
-#else
-        store_ints(to + first, x);
+        memcpy(to + first, &x, sizeof(x));
 #endif
     }
 };

@@ -342,6 +342,7 @@ inline Ints add_32(Ints a, Ints b)               { return vaddq_s32(a, b); }
 inline Ints sub_32(Ints a, Ints b)               { return vsubq_s32(a, b); }
 inline Ints mul_32(Ints a, Ints b)               { return vmulq_s32(a, b); }
 inline Ints add_8(Ints a, Ints b)                { return from_8(vaddq_s8(to_8(a), to_8(b))); }
+inline Ints add_16(Ints x, int n)                { return from_16(vaddq_u16(to_16(x), vdupq_n_u16((uint16_t) n))); }
 inline Ints sub_8(Ints a, Ints b)                { return from_8(vsubq_s8(to_8(a), to_8(b))); }
 inline Ints left_32(Ints x, int n)               { return vshlq_s32(x, vdupq_n_s32(n)); }
 inline Ints right_32(Ints x, int n)              { return from_32(vshlq_u32(to_32(x), vdupq_n_s32(-n))); }
@@ -675,12 +676,6 @@ template <int I> inline Group<I> group_of(FourGroups x) {
 template <Codes, int I> inline Ints add_products(Ints sums, Ints codes, Group<I> acts) {
     asm volatile("sdot %0.4s, %1.16b, %2.4b[%c3]" : "+w"(sums) : "w"(codes), "w"(acts.four), "i"(I));
     return sums;
-}
-
-// Adds the products of four unsigned values to the sums.
-template <int I> inline Ints add_products_of_unsigned(Ints sums, Ints a, Group<I> b) {
-    const uint8x16_t four = vreinterpretq_u8_s8(b.four);
-    return from_32(vdotq_laneq_u32(to_32(sums), to_unsigned_8(a), four, I));
 }
 
 #else
