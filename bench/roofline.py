@@ -49,10 +49,16 @@ class Peaks:
     @property
     def words(self) -> float:
         """Multiply-adds per second of 16-bit integers or of floats: a vector has half as many words as bytes."""
-        return max(self.floats, (self.int8 or 0.0) / 2) if self.f16 is None else self.floats
+        if self.f16 is not None:
+            return self.floats
+        words = min((self.int8 or 0.0) / 2, 2 * self.f32)  # tile registers multiply bytes, but no words
+        return max(self.floats, words)
 
     def matmul(self, weights: str) -> float:
-        """Multiply-adds per second with weights of a type; int8 for quantized weights, if the CPU has it."""
+        """Multiply-adds per second with weights of a type; int8 for quantized weights, if the CPU has it.
+
+        With AMX int8 and bf16 are the rates of tile registers, also for types that patched does not multiply with them.
+        """
         if self.f16 is not None:
             return self.floats  # a device converts the weights to its fastest type
         if weights in ("F32", "F16"):  # half floats are multiplied as float32

@@ -37,7 +37,7 @@ _ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 # Run paths must take precedence over LD_LIBRARY_PATH, or a stray libllama could replace the build's own.
 _LINK = {} if sys.platform == "darwin" else {"LINKER_FLAGS": "-Wl,--disable-new-dtags"}
 
-# Upstream cannot run Kimi-Linear with AMX (patches/fixes, 0023), and our matmuls are faster without it. Both builds
+# Upstream cannot run Kimi-Linear with its AMX matmuls (patches/fixes, 0023); ours need no option for AMX. Both builds
 # have the same options, so that they share what they compile; a build for all CPUs has them on every machine.
 _NO_AMX = {f"CMAKE_{language}_FLAGS_INIT": "-U__AMX_INT8__" for language in ("C", "CXX")}
 

@@ -3,65 +3,12 @@
 // views and batches have the bits of the same rows, contiguous.
 // Prints one line per failure; exit status 1 if there was a failure. Compile it for a processor with AVX-512 VNNI.
 
-#include <immintrin.h>
+#include "amx-emulated.h"
+
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <cstdint>
-#include <cstring>
-
-// An 8-bit matrix or a 32-bit one; see TILELOADD and TDPBSSD in Intel's "Architecture Instruction Set Extensions".
-struct EmulatedTile {
-    int    rows, bytes;
-    int8_t data[16][64];
-};
-
-static EmulatedTile tiles[8];
-
-static void tile_configure(const void * config) {  // 64 bytes: at 16 the tiles' bytes per row, at 48 their rows
-    for (int i = 0; i < 8; ++i) {
-        uint16_t bytes;
-        memcpy(&bytes, (const char *) config + 16 + 2 * i, 2);
-        tiles[i] = { ((const uint8_t *) config)[48 + i], bytes, {} };
-    }
-}
-
-static void tile_load(int tile, const void * from, size_t stride) {
-    for (int row = 0; row < tiles[tile].rows; ++row) {
-        memcpy(tiles[tile].data[row], (const char *) from + row * stride, tiles[tile].bytes);
-    }
-}
-
-static void tile_store(int tile, void * to, size_t stride) {
-    for (int row = 0; row < tiles[tile].rows; ++row) {
-        memcpy((char *) to + row * stride, tiles[tile].data[row], tiles[tile].bytes);
-    }
-}
-
-static void tile_dot_products(int sums, int a, int b) {
-    for (int row = 0; row < tiles[sums].rows; ++row) {
-        for (int column = 0; column < tiles[sums].bytes / 4; ++column) {
-            int32_t sum;
-            memcpy(&sum, tiles[sums].data[row] + 4 * column, 4);
-            for (int k = 0; k < tiles[a].bytes; ++k) {
-                sum += tiles[a].data[row][k] * tiles[b].data[k / 4][4 * column + k % 4];
-            }
-            memcpy(tiles[sums].data[row] + 4 * column, &sum, 4);
-        }
-    }
-}
-
-#undef _tile_loadconfig
-#undef _tile_loadd
-#undef _tile_stored
-#undef _tile_zero
-#undef _tile_dpbssd
-#define _tile_loadconfig(config)        tile_configure(config)
-#define _tile_loadd(tile, from, stride) tile_load(tile, from, stride)
-#define _tile_stored(tile, to, stride)  tile_store(tile, to, stride)
-#define _tile_zero(tile)                memset(tiles[tile].data, 0, sizeof(tiles[tile].data))
-#define _tile_dpbssd(sums, a, b)        tile_dot_products(sums, a, b)
-#define syscall(...)                    0  // asks Linux for the tile registers
+#define syscall(...) 0  // asks Linux for the tile registers
 
 #include "check.h"
 #include "ggml-alloc.h"

@@ -388,20 +388,21 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
     return shapes;
 }
 
-// What every run checks: the largest sums, and few rows and columns of slices of 256 values and a rest.
+// What every run checks: the largest sums, and few rows and columns of slices of 256 values and a rest; so many columns that
+// tile registers multiply all types that they can.
 static std::vector<Shape> shapes_at_limits(const Kind & kind) {
     std::vector<Shape> shapes;
     Shape              base;
     base.type   = kind.type;
     base.repack = kind.repack;
-    for (const int64_t n : { 1, 2, 3, 11, 16 }) {
+    for (const int64_t n : { 1, 2, 3, 11, 16, 35 }) {
         base.n_tokens = n;
         base.values   = "full";
         shapes.push_back(base);
         Shape rest  = base;
         rest.values = "normal";
         rest.k      = kind.block * 9;
-        rest.n_rows = kind.repack ? 8 : n == 16 ? 19 : 3;
+        rest.n_rows = kind.repack ? 8 : n >= 16 ? 19 : 3;
         shapes.push_back(rest);
     }
     return shapes;

@@ -54,6 +54,7 @@ MANY_THREADS = {"test-kda": 173, "latent-attn-test": 223, MATMUL: 389}
 # Libraries of tests/native/CMakeLists.txt.
 AVX512_EMULATED = "avx512-emulated"
 AVX_VNNI_EMULATED = "avx-vnni-emulated"
+AMX_EMULATED = "amx-emulated"
 AVX512_CASES = {"test-kda": 47, "latent-attn-test": 73, MATMUL: 131}
 # An intrinsic that only the program's branch for AVX-512 uses.
 AVX512_USES = {"test-kda": "rcp14_ps", "latent-attn-test": "cvtepi8_epi16", MATMUL: "dpbusd_epi32"}
@@ -217,7 +218,24 @@ def test_branches_for_avx512_on_a_processor_without(program: str, times: int) ->
     made.ninja(AVX512_EMULATED)
     library = made.bin / f"lib{AVX512_EMULATED}.so"
     assert f"_mm512_{AVX512_USES[program]}".encode() in library.read_bytes(), "not the branch for AVX-512"
-    passes(made, program, AVX512_CASES[program] // times, KIMI_CPU_BACKEND=str(library))
+    for tiles in "01" if program == MATMUL else "0":
+        cases = AVX512_CASES[program] // times
+        passes(made, program, cases, KIMI_CPU_BACKEND=str(library), KIMI_AMX=tiles)
+
+
+@needs_x86
+@pytest.mark.parametrize("threads", ["2", "33"])
+def test_tile_registers_on_a_processor_with_avx512_but_without_amx(threads: str) -> None:
+    """Our matmuls for zen4 with the intrinsics of tests/native/amx-emulated.h; the rest of ggml is haswell's."""
+    if "amx_int8" in cpu_flags():
+        pytest.skip("all other tests run with AMX")
+    require(RUN["zen4"])
+    made = build(ALL_VARIANTS)
+    made.ninja(AMX_EMULATED)
+    library = made.bin / f"lib{AMX_EMULATED}.so"
+    assert b"3amx9add_bytes" in library.read_bytes(), "not the code for AMX"
+    cases = NATIVE[MATMUL] if threads == "2" else MANY_THREADS[MATMUL]
+    passes(made, MATMUL, cases, threads, KIMI_CPU_BACKEND=str(library))
 
 
 @needs_x86

@@ -19,6 +19,7 @@ from synthetic_case import make_gguf
 
 from kimi_gguf.bench.programs import ggml_flags, program
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.toolchain import cpuinfo
 from kimi_gguf.validate.llama import RunOptions, run_logits
 
 pytestmark = pytest.mark.engine
@@ -58,8 +59,8 @@ def test_every_type_layout_shape_and_number_of_threads(
     name: str, cases: str, tmp_path: Path, engine: Engine
 ) -> None:
     program = compile_program(engine, name, tmp_path, ("matmul",))
-    for in_order in "01":
-        run_program(program, KIMI_CASES=cases, KIMI_PREFETCH_IN_ORDER=in_order)
+    for switch in "01":
+        run_program(program, KIMI_CASES=cases, KIMI_PREFETCH_IN_ORDER=switch, KIMI_AMX=switch)
 
 
 def test_a_model_has_the_logits_of_upstreams_matmuls(
@@ -72,6 +73,19 @@ def test_a_model_has_the_logits_of_upstreams_matmuls(
     )
     # Sums that differ in the last bit can change the rounding of a later activation to a quant.
     assert np.square(ours - upstream).sum() <= 1e-4 * np.square(upstream).sum()
+
+
+@pytest.mark.skipif("amx_bf16" not in cpuinfo("flags").split(), reason="the processor has no AMX")
+def test_tile_registers_are_used_and_can_be_turned_off(
+    engine: Engine, tmp_path: Path, ids: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_gguf(tmp_path, SPEC, "BF16")
+    found = {}
+    for switch in "01":
+        monkeypatch.setenv("KIMI_AMX", switch)
+        found[switch] = logits(engine, model, ids, monkeypatch, "require")
+    assert not (found["0"] == found["1"]).all(), "sums of BF16 in another order differ in their last bits"
+    assert np.square(found["0"] - found["1"]).sum() <= 1e-4 * np.square(found["0"]).sum()
 
 
 def test_the_same_bits_for_any_number_of_threads(

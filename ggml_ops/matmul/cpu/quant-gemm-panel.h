@@ -1,8 +1,8 @@
 #pragma once
 
 // Declarations common to the three stages of a matmul: packed activations (quant-gemm-acts.cpp), a panel of unpacked
-// weights (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp, -tile-i8mm.cpp). Few columns
-// without a panel: quant-gemm-dot.h.
+// weights (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp, -tile-i8mm.cpp, -tile-amx.cpp).
+// Few columns without a panel: quant-gemm-dot.h.
 //
 // A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes: for each group of four consecutive k, four
 // bytes of every row. Types with signed values are shifted by an offset. To remove its contribution, offset times the sum
@@ -182,6 +182,10 @@ struct Format {
     Codes             codes;   // what the quants can be
     Unpack            unpack;
     int               min_columns;  // minimum number of columns of a matrix for which panels are faster
+
+    // On CPUs with tile registers, if unpack_for_tiles is not nullptr.
+    Unpack unpack_for_tiles;
+    int    min_tile_columns;
 };
 
 // The value of an environment variable that is 0 or 1; `otherwise` if it is unset, or another text, which is logged.
@@ -204,6 +208,9 @@ const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout);
 // Whether n_columns of one matrix of the node are multiplied as dot products of rows, else as panels. The two give the
 // same bits, except for plain numbers.
 bool uses_dots(const Format & format, const ggml_tensor * dst, int64_t n_columns);
+
+// Whether panels of n_columns of one matrix are multiplied by tile registers.
+bool uses_tiles(const Format & format, int64_t n_columns);
 
 // Packs this thread's share of the rows of src1, contiguously.
 void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, int ith, int nth);
@@ -254,6 +261,54 @@ inline Floats add_block(Floats sum, Ints products, Floats scale, Floats act_scal
 
 // `multiply` with i8mm, for quantized weights and one to four columns.
 void multiply_i8mm(const Format & format, const Panel & panel, int n_blocks, Columns columns, float * sums);
+
+// Q4_K and Q5_K: their factors of six bits are divided so that quants times either part fit in a byte. Others are divided
+// after multiplication.
+constexpr int second_plane_shift(Codes codes) {
+    return codes == Codes::below_16 ? 4 : codes == Codes::below_32 ? 3 : 8;
+}
+
+constexpr int REGISTER_ROWS = 16;  // of a tile register
+
+// Up to 16 columns in a slice of K.
+struct alignas(CACHE_LINE) TileUnit {
+    int8_t  acts[REGISTER_ROWS][SLICE];
+    int8_t  sums[REGISTER_ROWS][CACHE_LINE];  // of quants, for minima
+    float   scales[REGISTER_ROWS];
+    int32_t starts[REGISTER_ROWS];
+};
+
+// Integer sums of both planes.
+using TileSums = int32_t[2][REGISTER_ROWS][PANEL_ROWS];
+
+// A panel for tile registers, with a second plane.
+struct TilePanel : Panel {
+    uint8_t upper_codes[N_BLOCKS][N_GROUPS][PANEL_ROWS][4];
+};
+
+struct alignas(CACHE_LINE) TileScratch {
+    TilePanel panels[2];
+    TileUnit  units[3];
+    TileSums  sums;
+};
+
+// PANEL_ROWS rows of weights from `row` on.
+struct TileWeights {
+    const Format & format;
+    const char *   rows;    // the first one of the matrix
+    size_t         stride;  // bytes between rows
+    int64_t        row;
+    int64_t        n_rows;  // of the matrix
+    int64_t        n_blocks;
+};
+
+// Sets the shapes of the tile registers for n_columns columns; end_tiles() clears them.
+void begin_tiles(int n_columns);
+void end_tiles();
+
+// Sets sums[column][row] (PANEL_ROWS floats per column) to the matmul of the weights with packed rows.
+void multiply_tiles(
+    const TileWeights & weights, Columns columns, const Ahead & ahead, float * sums, TileScratch & scratch);
 
 // Adds to sums[column][row] (PANEL_ROWS floats per column) the matmul of panels, of n_blocks blocks in all, with packed
 // rows. `columns` points to the first block of the rows that belongs to the panels. first: the sums are set instead.

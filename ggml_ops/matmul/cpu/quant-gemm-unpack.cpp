@@ -1,6 +1,7 @@
 // Panels: stored weights of PANEL_ROWS rows and up to 256 values of K become a panel (quant-gemm-panel.h). And the table
 // of formats: types and layouts.
 
+#include "quant-gemm-amx.h"
 #include "quant-gemm-unpack-k.h"
 
 namespace quant_gemm {
@@ -73,6 +74,66 @@ struct PanelLanes {
     }
 };
 
+#if QUANT_GEMM_AMX
+
+// The same for tile registers: quants are multiplied by their factors, so that a sum is over 256 weights.
+template <Scheme SCHEME, Codes CODES> struct TileLanes : PanelLanes {
+    Ints lower_factors[SLICE / 16];  // each of them twice, in 16 bits
+    Ints upper_factors[SLICE / 16];  // Q4_K and Q5_K: a factor is lower + (upper << shift)
+
+    explicit TileLanes(const PanelLanes & lanes) : PanelLanes(lanes) {}
+
+    // where codes of the second plane are stored
+    inline uint8_t * upper(int b, int j) const { return static_cast<TilePanel &>(panel).upper_codes[b][j][first]; }
+
+    inline void factors(int b, Ints x) {
+        const Ints twice = (x & ints(0xffff)) | left_32(x, 16);
+        if constexpr (SCHEME == Scheme::q8_K_mins) {
+            constexpr int SHIFT = second_plane_shift(CODES);
+            lower_factors[b]    = twice & _mm512_set1_epi16((1 << SHIFT) - 1);
+            upper_factors[b]    = right_16(twice, SHIFT);
+        } else {
+            lower_factors[b] = twice;
+        }
+    }
+
+    // Two minima of 16 weights: groups of four, and 16 times as large.
+    inline void minima(int pair, Ints x) {
+        if constexpr (SCHEME != Scheme::q8_K_256_mins) {
+            PanelLanes::minima(pair, x);
+        } else if (pair % 2 == 0) {
+            previous = x;
+        } else {
+            const Ints four = previous | left_32(x, 8);
+            store_ints(upper(0, pair / 2), four);
+            store_ints(upper(0, SLICE / 64 + pair / 2), left_16(four, 4));
+        }
+    }
+
+    inline void codes(int b, int j, Ints x) {
+        if (b % 4 == 0 && j == 0) {
+            keep_tiles_awake();
+        }
+        if constexpr (SCHEME == Scheme::q8_K_256 || SCHEME == Scheme::q8_K_256_mins) {
+            store_ints(panel.codes[b][j][first], x);
+        } else if constexpr (SCHEME ==
+                             Scheme::q8_K_mins) {  // products fit in bytes, so none carries into its neighbour
+            store_ints(panel.codes[b][j][first], _mm512_mullo_epi16(x, lower_factors[b]));
+            store_ints(upper(b, j), _mm512_mullo_epi16(x, upper_factors[b]));
+        } else {
+            const Ints factor = lower_factors[SCHEME == Scheme::q8_K_16 ? 2 * b + j / 4 : b];
+            const Ints shift  = _mm512_set1_epi16((short) offset);
+            const Ints low    = _mm512_set1_epi16(0xff);
+            const Ints even   = _mm512_mullo_epi16(_mm512_sub_epi16(x & low, shift), factor);
+            const Ints odd    = _mm512_mullo_epi16(_mm512_sub_epi16(right_16(x, 8), shift), factor);
+            store_ints(panel.codes[b][j][first], (even & low) | left_16(odd, 8));
+            store_ints(upper(b, j), right_16(even, 8) | (odd & left_16(low, 8)));
+        }
+    }
+};
+
+#endif
+
 // ---- plain numbers
 
 // Two values of k per vector of rows, for tiles that widen them.
@@ -124,11 +185,11 @@ using BF16 = Halves<Scheme::bf16>;
 
 // ---- the table
 
-template <typename R, typename Type>
+template <typename R, typename Type, typename To = PanelLanes>
 static void
 unpack(const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int n_blocks, Panel & panel) {
     for (int first = 0; first < PANEL_ROWS; first += LANES) {
-        PanelLanes to{ panel, first, Type::OFFSET };
+        To to(PanelLanes{ panel, first, Type::OFFSET });
         Type::unpack(R(weights, stride, row + first, n_rows), block, n_blocks, to);
     }
 }
@@ -148,13 +209,31 @@ static constexpr int least_columns(Scheme scheme, int with_avx512) {
 
 template <typename R, typename Type>
 static constexpr Format format_of(ggml_type type, quant_gemm_layout layout, int min_columns) {
-    return {
-        type, layout, Type::SCHEME, Type::OFFSET, Type::CODES, unpack<R, Type>, least_columns(Type::SCHEME, min_columns)
-    };
+    return { type,
+             layout,
+             Type::SCHEME,
+             Type::OFFSET,
+             Type::CODES,
+             unpack<R, Type>,
+             least_columns(Type::SCHEME, min_columns),
+             nullptr,
+             0 };
 }
 
 template <typename Type> static constexpr Format rows(ggml_type type, int min_columns) {
     return format_of<Rows, Type>(type, QUANT_GEMM_ROWS, min_columns);
+}
+
+// The same for a type that tile registers multiply, too. min_tile_columns was measured on a Xeon "Emerald Rapids".
+template <typename Type>
+static constexpr Format tiled_rows(ggml_type type, int min_columns, [[maybe_unused]] int min_tile_columns) {
+    Format format = rows<Type>(type, min_columns);
+#if QUANT_GEMM_AMX
+    using Lanes = std::conditional_t<is_plain(Type::SCHEME), PanelLanes, TileLanes<Type::SCHEME, Type::CODES>>;
+    format.unpack_for_tiles = unpack<Rows, Type, Lanes>;
+    format.min_tile_columns = min_tile_columns;
+#endif
+    return format;
 }
 
 static const Format formats[] = {
@@ -163,14 +242,16 @@ static const Format formats[] = {
     rows<Q8_0>(GGML_TYPE_Q8_0, 9),
     rows<IQ4_NL>(GGML_TYPE_IQ4_NL, 4),
     rows<MXFP4>(GGML_TYPE_MXFP4, 4),
-    rows<Q2_K>(GGML_TYPE_Q2_K, 5),
-    rows<Q3_K>(GGML_TYPE_Q3_K, 5),
-    rows<Q4_K>(GGML_TYPE_Q4_K, 5),
-    rows<Q5_K>(GGML_TYPE_Q5_K, 5),
-    rows<Q6_K>(GGML_TYPE_Q6_K, 17),
-    rows<IQ4_XS>(GGML_TYPE_IQ4_XS, 5),
+    tiled_rows<Q2_K>(GGML_TYPE_Q2_K, 5, 5),
+    tiled_rows<Q3_K>(GGML_TYPE_Q3_K, 5, 5),
+    tiled_rows<Q4_K>(GGML_TYPE_Q4_K, 5, 33),
+    tiled_rows<Q5_K>(GGML_TYPE_Q5_K, 5, 33),
+    tiled_rows<Q6_K>(GGML_TYPE_Q6_K, 17, 17),
+    tiled_rows<IQ4_XS>(GGML_TYPE_IQ4_XS, 5, 33),
     rows<F16>(GGML_TYPE_F16, 20),
-#if QUANT_GEMM_BF16 || !QUANT_GEMM_AVX512
+#if QUANT_GEMM_BF16
+    tiled_rows<BF16>(GGML_TYPE_BF16, 33, 9),
+#elif !QUANT_GEMM_AVX512
     rows<BF16>(GGML_TYPE_BF16, 33),
 #endif
 #if QUANT_GEMM_AVX512

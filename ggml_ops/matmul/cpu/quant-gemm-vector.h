@@ -17,6 +17,10 @@
 #if defined(__AVX512BF16__)
 #define QUANT_GEMM_BF16 1  // products of BF16 pairs
 #endif
+#if defined(AMX_EMULATED) ||                                                                                           \
+    (defined(__linux__) && defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11))
+#define QUANT_GEMM_AMX 1  // tile registers, on CPUs that have them
+#endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && defined(__GNUC__)
 #define QUANT_GEMM_AVX2 1
 #if defined(__AVXVNNI__)
@@ -42,6 +46,9 @@
 #endif
 #if !defined(QUANT_GEMM_I8MM)
 #define QUANT_GEMM_I8MM 0
+#endif
+#if !defined(QUANT_GEMM_AMX)
+#define QUANT_GEMM_AMX 0
 #endif
 #if !defined(QUANT_GEMM_BF16)
 #define QUANT_GEMM_BF16 0

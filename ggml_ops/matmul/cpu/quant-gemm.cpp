@@ -10,6 +10,7 @@
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "ggml-op-marks.h"
+#include "quant-gemm-amx.h"
 #include "quant-gemm-dot.h"
 #include "vec.h"
 
@@ -75,6 +76,7 @@ struct Work {
     size_t starts;   // int64_t: the first column of every matrix, and the end
     size_t counts;   // int64_t: columns of every matrix, per sorter; then each sorter's next position in every matrix
     size_t scratch;  // per thread
+    size_t tiles;    // TileScratch per thread, if tile registers are used
     size_t total;
 };
 
@@ -105,7 +107,9 @@ static Work plan_work(const ggml_tensor * dst, const Format & format, int n_task
     work.starts  = work.columns + padded(count_columns(dst) * sizeof(Column));
     work.counts  = work.starts + padded((count_matrices(dst) + 1) * sizeof(int64_t));
     work.scratch = work.counts + padded(2 * count_sorters(dst, n_tasks) * count_matrices(dst) * sizeof(int64_t));
-    work.total   = work.scratch + n_tasks * sizeof(Scratch) + CACHE_LINE;
+    work.tiles   = work.scratch + n_tasks * sizeof(Scratch);
+    work.total   = work.tiles + CACHE_LINE;
+    work.total += uses_tiles(format, count_columns(dst)) ? n_tasks * sizeof(TileScratch) : 0;
     return work;
 }
 
@@ -125,9 +129,14 @@ const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout) {
     return format;
 }
 
+bool uses_tiles(const Format & format, int64_t n_columns) {
+    return format.unpack_for_tiles != nullptr && n_columns >= format.min_tile_columns && has_tiles();
+}
+
 bool uses_dots(const Format & format, const ggml_tensor * dst, int64_t n_columns) {
     const bool plain = is_plain(format.scheme);
-    return n_columns < format.min_columns || (plain && ggml_op_has_mark(dst, GGML_OP_MARK_INVARIANT));
+    const bool few   = n_columns < format.min_columns && !uses_tiles(format, n_columns);
+    return few || (plain && ggml_op_has_mark(dst, GGML_OP_MARK_INVARIANT));
 }
 
 void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, int ith, int nth) {
@@ -388,7 +397,7 @@ static Place find_task(const Division & division,
 }
 
 // Rows row .. end - 1 of a matrix times n columns; next: the likely next task, whose first rows are prefetched.
-// dots: for the columns of this node, or nullptr for panels.
+// dots: for the columns of this node, or nullptr for panels; tiles: for panels that tile registers multiply, or nullptr.
 static void compute_task(const Format & format,
                          const Job &    job,
                          int64_t        matrix,
@@ -399,6 +408,7 @@ static void compute_task(const Format & format,
                          const Column * columns,
                          int            n,
                          DotOperand *   dots,
+                         TileScratch *  tiles,
                          Scratch &      scratch) {
     const ggml_tensor * src0     = job.products[0]->src[0];
     const size_t        act_size = act_row_size(format.scheme, src0->ne[0]);
@@ -410,6 +420,9 @@ static void compute_task(const Format & format,
         dots->set_columns({ act, n });
     }
     const bool streamed = dots == nullptr && is_streamed(job.dst);
+    if (tiles != nullptr) {
+        begin_tiles(n);
+    }
     for (; row < end; row += PANEL_ROWS) {
         const int n_rows = (int) std::min<int64_t>(PANEL_ROWS, end - row);
         for (int p = 0; p < job.n_products; p++) {
@@ -431,6 +444,11 @@ static void compute_task(const Format & format,
             const int64_t       n_then  = last ? n_after : n_rows;
             const size_t        stride  = follows->src[0]->nb[1];
             const Ahead         ahead   = { weights_of(follows, then.matrix) + then.row * stride, n_then * stride };
+            if (tiles != nullptr) {
+                const TileWeights rows = { format, weights, src0->nb[1], row, src0->ne[1], src0->ne[0] / BLOCK };
+                multiply_tiles(rows, { act, n }, ahead, scratch.sums[p][0], *tiles);
+                continue;
+            }
             multiply_rows(format, src0, weights, row, ahead, { act, n }, scratch.panels, scratch.sums[p]);
         }
         for (int i = 0; i < n; i++) {
@@ -440,6 +458,9 @@ static void compute_task(const Format & format,
             }
             copy_sums(scratch.sums[0][i], n_rows, to, streamed);
         }
+    }
+    if (tiles != nullptr) {
+        end_tiles();
     }
 }
 
@@ -454,6 +475,7 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
     int64_t *           starts  = (int64_t *) (base + work.starts);
     int64_t *           counts  = (int64_t *) (base + work.counts);
     Scratch &           scratch = ((Scratch *) (base + work.scratch))[params->ith];
+    TileScratch *       tiles   = (TileScratch *) (base + work.tiles) + params->ith;
     GGML_ASSERT(params->wsize >= work.total);
 
     const int n_sorters = count_sorters(product, params->nth);
@@ -487,6 +509,7 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
         const int64_t column_parts = division.column_parts(n);
         const int64_t n_tasks      = division.tasks(n);
         const bool    dots         = uses_dots(format, product, n);
+        TileScratch * here_tiles   = !dots && uses_tiles(format, n) ? tiles : nullptr;
         while (task < first_task + n_tasks) {
             const int64_t  part     = (task - first_task) / division.rows;
             const int64_t  row_part = (task - first_task) % division.rows;
@@ -497,7 +520,7 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
             const Column * those    = columns + starts[m] + first;
             // the next task of this thread if all threads progress equally
             const Place next = find_task(division, starts, n_matrices, n_rows, task + params->nth, m, first_task);
-            compute_task(format, job, m, row, end, next, acts, those, here, dots ? &few : nullptr, scratch);
+            compute_task(format, job, m, row, end, next, acts, those, here, dots ? &few : nullptr, here_tiles, scratch);
             task = stealing ? ggml_threadpool_chunk_add(params->threadpool, 1) : task + params->nth;
         }
         first_task += n_tasks;
