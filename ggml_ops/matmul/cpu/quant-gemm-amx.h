@@ -16,7 +16,7 @@ namespace quant_gemm {
 // Whether the CPU multiplies tiles of bytes and of BF16, Linux lets this process do it, and KIMI_AMX is not 0.
 bool has_tiles();
 
-// Registers: for sums, activations, weights; and two that are used for nothing else than ...
+// Registers: for sums, activations, weights; and two for keep_tiles_awake().
 enum TileRegister { SUMS = 0, ACTS = 4, WEIGHTS = 5, ONE_SUM = 6, ONE_ROW = 7 };
 
 // The operand of LDTILECFG.
@@ -103,7 +103,7 @@ template <int C, int A, int B> inline void add_bf16() {
 
 #endif
 
-// ... a product of one row. On a Xeon "Emerald Rapids" the unit that multiplies tiles sleeps after about 0.3 us without a
+// Executes a product of one row. On a Xeon "Emerald Rapids" the unit that multiplies tiles sleeps after about 0.3 us without a
 // product, and the next one takes 0.25 us longer.
 inline void keep_tiles_awake() {
     add_signed<ONE_SUM, ONE_ROW, WEIGHTS>();

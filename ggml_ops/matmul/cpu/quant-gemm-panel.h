@@ -262,8 +262,8 @@ inline Floats add_block(Floats sum, Ints products, Floats scale, Floats act_scal
 // `multiply` with i8mm, for quantized weights and one to four columns.
 void multiply_i8mm(const Format & format, const Panel & panel, int n_blocks, Columns columns, float * sums);
 
-// Q4_K and Q5_K: their factors of six bits are divided so that quants times either part fit in a byte. Others are divided
-// after multiplication.
+// Bits by which sums of the second plane are shifted. Factors of Q4_K and Q5_K, which have six bits, are split there, so
+// that a quant times either part fits in a byte; other products are split after multiplication.
 constexpr int second_plane_shift(Codes codes) {
     return codes == Codes::below_16 ? 4 : codes == Codes::below_32 ? 3 : 8;
 }

@@ -1,9 +1,9 @@
 // The tiles for AMX: up to 16 columns by the rows of a panel, in tile registers; for K types and BF16.
 //
-// Panels of K types hold quants times factors, so a sum is over 256 weights: a byte, or a byte and a multiple of another
-// one, in a second plane. Integer sums are stored by tile registers and scaled by vector instructions, with the float
-// operations of the other kernels, so the results have their bits. BF16 has no scales; its sums stay in tile registers for a
-// panel.
+// Panels of K types hold quants times factors, so one sum covers 256 weights. A product that does not fit in a byte is
+// split; its upper part is in a second plane. Integer sums are stored by tile registers and scaled by vector instructions,
+// with the float operations of the other kernels, so the results have their bits. BF16 has no scales; its sums stay in tile
+// registers for a panel.
 
 #include "quant-gemm-amx.h"
 #include "quant-gemm-panel.h"
@@ -202,9 +202,9 @@ static inline void multiply_bf16(const Panel & panel, int n_blocks, bool first, 
     store_tile<SUMS + 1>(sums + LANES, SUM_STRIDE);
 }
 
-// Steps: a unit of columns by a slice of K, in the order of slices. Whatever tile registers read was written a step before,
-// and vector instructions read what tile registers stored a step before: neither can be read at once. While tiles are
-// multiplied, one of the two units for float32 and vpdpbusd waits.
+// Steps: a unit of columns by a slice of K, in the order of slices. Tile registers read what was written a step before, and
+// vector instructions what tile registers stored a step before, because stores just made are not yet in the cache. While
+// tiles are multiplied, one of the two units for float32 and vpdpbusd waits.
 template <Scheme SCHEME> class Multiplication {
   public:
     Multiplication(
