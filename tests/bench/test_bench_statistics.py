@@ -93,7 +93,10 @@ def test_the_floor_adds_parts_bound_by_memory_or_compute() -> None:
     attending = Demand(500.0, 0.0, 100.0, {"Q4_0": 1000.0}, 60.0, 0.0)
     assert attending.floor(limits) == (5.0 + 6.0, "products")
     mixed = Demand(500.0, 0.0, 100.0, {"Q4_0": 1000.0}, 60.0, 0.0, value_macs=1000.0)
-    assert mixed.floor(limits) == (5.0 + 6.0 + 2.0, "products")  # 16-bit integers: half of the int8 rate
+    # 16-bit integers: half of the int8 rate, and at most twice the float32 rate, because tile registers have none
+    assert mixed.floor(limits) == (5.0 + 6.0 + 1000.0 / 20.0, "products")
+    vectors = Peaks(threads=1, read=100.0, f32=10.0, int8=30.0, bf16=None)
+    assert mixed.floor(vectors) == (pytest.approx(1000.0 / 30.0 + 6.0 + 1000.0 / 15.0), "products")
     without = Peaks(threads=1, read=100.0, f32=10.0, int8=None, bf16=None)
     assert mixed.floor(without)[0] == 100.0 + 6.0 + 100.0
 
