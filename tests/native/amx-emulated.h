@@ -7,6 +7,8 @@
 // Semantics: TILELOADD, TDPBSSD, TDPBSUD and TDPBF16PS in Intel's "Architecture Instruction Set Extensions". What a processor
 // refuses ends the program: shapes that do not fit, and registers that are used twice.
 
+#include "emulated-bf16.h"
+
 #include <immintrin.h>
 
 #include <cmath>
@@ -92,26 +94,17 @@ template <typename B> inline void add_bytes(int sums, int a, int b) {
     }
 }
 
-// A float without its subnormal values.
-inline float flushed(float x) {
-    return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
-}
-
-inline float bf16(const Tile & tile, int row, int i) {
-    const uint32_t bits = (uint32_t) tile.get<uint16_t>(row, i) << 16;
-    float          x;
-    memcpy(&x, &bits, sizeof(x));
-    return flushed(x);
-}
-
 inline void add_bf16(int sums, int a, int b) {
+    using emulated::flushed;
+    using emulated::from_bf16;
     check_shapes(sums, a, b);
     for (int row = 0; row < tiles[sums].rows; row++) {
         for (int column = 0; column < tiles[sums].bytes / 4; column++) {
             float parts[2] = {};  // of even and odd numbers
             for (int k = 0; k < tiles[a].bytes / 2; k++) {
-                const float x = bf16(tiles[a], row, k), y = bf16(tiles[b], k / 2, 2 * column + k % 2);
-                parts[k % 2] = flushed(std::fma(x, y, parts[k % 2]));
+                const float x = from_bf16(tiles[a].get<uint16_t>(row, k));
+                const float y = from_bf16(tiles[b].get<uint16_t>(k / 2, 2 * column + k % 2));
+                parts[k % 2]  = flushed(std::fma(x, y, parts[k % 2]));
             }
             const float sum = flushed(parts[0] + parts[1]);
             tiles[sums].set(row, column, flushed(flushed(tiles[sums].get<float>(row, column)) + sum));

@@ -1,10 +1,11 @@
 #pragma once
 
 // AVX-512 in plain C++ and AVX2, so that a processor without it can run the branches of ggml_ops for AVX-512 (F, BW,
-// DQ, VL, VNNI, BF16), and with amx-emulated.h those for AMX: tests/ops/test_other_processors.py. The compiler includes this file first (-include), with the
-// flags of a processor with AVX2, F16C and FMA. It takes the place of <immintrin.h> and defines the macros of the
-// instruction sets, the types and, by their own names, the intrinsics that ggml_ops and the headers of ggml-cpu use.
-// Other intrinsics are not declared: if one is needed, the compiler names it, and it must be added here.
+// DQ, VL, VNNI, BF16), and with amx-emulated.h those for AMX: tests/ops/test_other_processors.py. The compiler includes
+// this file first (-include), with the flags of a processor with AVX2, F16C and FMA. It takes the place of <immintrin.h>
+// and defines the macros of the instruction sets, the types and, by their own names, the intrinsics that ggml_ops and the
+// headers of ggml-cpu use. Other intrinsics are not declared: if one is needed, the compiler names it, and it must be
+// added here.
 //
 // Semantics: the operation of each intrinsic in Intel's Intrinsics Guide, and of VDPBF16PS in the Software Developer's
 // Manual. If AVX2 has the instruction for 32 bytes, and it moves nothing between the halves of a vector, each half is
@@ -27,6 +28,8 @@
 #include <avx2intrin.h>
 #include <f16cintrin.h>
 #include <fmaintrin.h>
+
+#include "emulated-bf16.h"
 
 #include <algorithm>
 #include <array>
@@ -160,16 +163,6 @@ template <typename T, typename V, typename F> inline T reduce(const V & x, const
         }
     }
     return a[0];
-}
-
-// A float without its subnormal values.
-inline float flushed(float x) {
-    return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
-}
-
-inline float from_bf16(uint16_t x) {
-    const uint32_t bits = (uint32_t) x << 16;
-    return flushed(load<float>(&bits));
 }
 
 }  // namespace avx512
@@ -342,9 +335,9 @@ inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh x, __m512bh y) {  // two fus
     const auto s = avx512::lanes<float>(sum);
     return avx512::vector<float, __m512>([&](size_t i) {
         const auto add = [&](size_t j, float to) {
-            return avx512::flushed(std::fma(avx512::from_bf16(a[j]), avx512::from_bf16(b[j]), to));
+            return emulated::flushed(std::fma(emulated::from_bf16(a[j]), emulated::from_bf16(b[j]), to));
         };
-        return add(2 * i, add(2 * i + 1, avx512::flushed(s[i])));
+        return add(2 * i, add(2 * i + 1, emulated::flushed(s[i])));
     });
 }
 

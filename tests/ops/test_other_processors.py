@@ -218,8 +218,8 @@ def test_branches_for_avx512_on_a_processor_without(program: str, times: int) ->
     made.ninja(AVX512_EMULATED)
     library = made.bin / f"lib{AVX512_EMULATED}.so"
     assert f"_mm512_{AVX512_USES[program]}".encode() in library.read_bytes(), "not the branch for AVX-512"
+    cases = AVX512_CASES[program] // times
     for tiles in "01" if program == MATMUL and times > 1 else "0":
-        cases = AVX512_CASES[program] // times
         passes(made, program, cases, KIMI_CPU_BACKEND=str(library), KIMI_AMX=tiles)
 
 

@@ -11,10 +11,10 @@
 
 namespace quant_gemm {
 
-#if QUANT_GEMM_AMX
-
 // Whether the CPU multiplies tiles of bytes and of BF16, Linux lets this process do it, and KIMI_AMX is not 0.
 bool has_tiles();
+
+#if QUANT_GEMM_AMX
 
 // Registers: for sums, activations, weights; and two for keep_tiles_awake().
 enum TileRegister { SUMS = 0, ACTS = 4, WEIGHTS = 5, ONE_SUM = 6, ONE_ROW = 7 };
@@ -103,16 +103,10 @@ template <int C, int A, int B> inline void add_bf16() {
 
 #endif
 
-// Executes a product of one row. On a Xeon "Emerald Rapids" the unit that multiplies tiles sleeps after about 0.3 us without a
-// product, and the next one takes 0.25 us longer.
+// Executes a product of one row. On a Xeon "Emerald Rapids" the unit that multiplies tiles sleeps after about 0.3 us
+// without a product, and the next one takes 0.25 us longer.
 inline void keep_tiles_awake() {
     add_signed<ONE_SUM, ONE_ROW, WEIGHTS>();
-}
-
-#else
-
-inline bool has_tiles() {
-    return false;
 }
 
 #endif

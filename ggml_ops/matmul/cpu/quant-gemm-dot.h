@@ -96,14 +96,6 @@ class DotOperand {
 
 #if QUANT_GEMM_KERNELS
 
-// Prefetches n bytes: weights come from memory, and hardware prefetching is not far enough ahead. (GCC removes calls of
-// functions that only prefetch, if it does not inline them.)
-template <int LOCALITY> inline __attribute__((always_inline)) void prefetch(const void * p, size_t n) {
-    for (size_t i = 0; i < n; i += CACHE_LINE) {
-        __builtin_prefetch((const char *) p + i, 0, LOCALITY);
-    }
-}
-
 // Whether NextRows, and with AVX-512 the kernel of IQ4_XS, prefetch weights into L1 and in the order of addresses; and whether
 // panels are prefetched into L1. By default on AMD's family 1Ah (Zen 5, where memory is faster that way) and later ones (not
 // measured). KIMI_PREFETCH_IN_ORDER=1 or 0 overrides that.

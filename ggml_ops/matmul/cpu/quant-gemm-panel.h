@@ -229,6 +229,20 @@ struct Columns {
 
 #if QUANT_GEMM_KERNELS
 
+// Prefetches n bytes: weights come from memory, and hardware prefetching is not far enough ahead. (GCC removes calls of
+// functions that only prefetch, if it does not inline them.)
+template <int LOCALITY> inline __attribute__((always_inline)) void prefetch(const void * p, size_t n) {
+    for (size_t i = 0; i < n; i += CACHE_LINE) {
+        __builtin_prefetch((const char *) p + i, 0, LOCALITY);
+    }
+}
+
+// Prefetches part `part` of n_parts, into L1.
+inline __attribute__((always_inline)) void prefetch_share(const Ahead & ahead, int64_t part, int64_t n_parts) {
+    const size_t first = ahead.size * part / n_parts;
+    prefetch<3>(ahead.first + first, ahead.size * (part + 1) / n_parts - first);
+}
+
 template <int N, int M> inline void clear(Ints (&sums)[N][M]) {
 #pragma GCC                         unroll 8
     for (int i = 0; i < N; i++) {

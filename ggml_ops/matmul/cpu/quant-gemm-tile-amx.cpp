@@ -219,7 +219,7 @@ template <Scheme SCHEME> class Multiplication {
         place(0);
         for (int64_t step = 0; step < n_steps; step++) {
             place(step + 1);
-            prefetch_part(step);
+            prefetch_share(ahead, step, n_steps);
             const TilePanel & panel = scratch.panels[slice_of(step) % 2];
             const TileUnit &  unit  = scratch.units[step % 3];
             if constexpr (is_plain(SCHEME)) {
@@ -304,12 +304,6 @@ template <Scheme SCHEME> class Multiplication {
                                sums_of(step) + c * PANEL_ROWS);
         }
     }
-
-    void prefetch_part(int64_t step) const {
-        for (size_t i = ahead.size * step / n_steps; i < ahead.size * (step + 1) / n_steps; i += CACHE_LINE) {
-            __builtin_prefetch(ahead.first + i);
-        }
-    }
 };
 
 void begin_tiles(int n_columns) {
@@ -351,7 +345,11 @@ void multiply_tiles(
 
 #else
 
-// never called: has_tiles() is false
+bool has_tiles() {
+    return false;
+}
+
+// never called
 void begin_tiles(int) {}
 
 void end_tiles() {}

@@ -452,9 +452,7 @@ void multiply(const Format & format,
     for (int t = 0; t < n_tiles; t++) {
         const int first = in_pairs ? most * t : columns.n * t / n_tiles;
         const int end   = in_pairs ? std::min(first + most, columns.n) : columns.n * (t + 1) / n_tiles;
-        for (size_t i = ahead.size * t / n_tiles; i < ahead.size * (t + 1) / n_tiles; i += CACHE_LINE) {
-            __builtin_prefetch(ahead.first + i);
-        }
+        prefetch_share(ahead, t, n_tiles);
         if (!SETS_SUMS && first_panels) {
             std::fill(sums + first * PANEL_ROWS, sums + end * PANEL_ROWS, 0.0f);
         }

@@ -115,7 +115,7 @@ template <Scheme SCHEME, Codes CODES> struct TileLanes : PanelLanes {
             keep_tiles_awake();
         }
         if constexpr (SCHEME == Scheme::q8_K_256 || SCHEME == Scheme::q8_K_256_mins) {
-            store_ints(panel.codes[b][j][first], x);
+            PanelLanes::codes(b, j, x);
         } else if constexpr (SCHEME ==
                              Scheme::q8_K_mins) {  // products fit in bytes, so none carries into its neighbour
             store_ints(panel.codes[b][j][first], _mm512_mullo_epi16(x, lower_factors[b]));
