@@ -157,6 +157,22 @@ def config(spec: Spec, layout: Layout = "hub") -> dict[str, Any]:
     }
 
 
+def random_a_log(heads: int, rng: torch.Generator) -> torch.Tensor:
+    """log(a) for a from 1 to 16, (heads), float32.
+
+    Rounded from float64, here and in `random_dt_bias`: the last bit of torch's float32 functions depends on the
+    processor and on the address, and files in tests/golden have these numbers.
+    """
+    return (1 + 15 * torch.rand(heads, generator=rng).double()).log().float()
+
+
+def random_dt_bias(width: int, rng: torch.Generator) -> torch.Tensor:
+    """The inverse softplus of steps from 0.001 to 0.1, whose logarithm is uniform, (width), float32."""
+    low, high = math.log(0.001), math.log(0.1)
+    dt = torch.exp(torch.rand(width, generator=rng).double() * (high - low) + low)
+    return (dt + torch.log(-torch.expm1(-dt))).float()
+
+
 def weights(spec: Spec) -> Weights:
     """Random weights under hub names; A_log and dt_bias float32, the rest in the spec's dtype."""
     rng = torch.Generator().manual_seed(spec.seed)
@@ -185,11 +201,8 @@ def weights(spec: Spec) -> Weights:
             for x in "qkv":
                 normal(f"{attn}{x}_proj.weight", width, spec.hidden)
                 normal(f"{attn}{x}_conv1d.weight", width, 1, spec.conv, std=0.3)
-            a = 1 + 15 * torch.rand(1, 1, spec.heads, 1, generator=rng)
-            out[f"{attn}A_log"] = a.log().float()
-            low, high = math.log(0.001), math.log(0.1)
-            dt = torch.exp(torch.rand(width, generator=rng) * (high - low) + low)
-            out[f"{attn}dt_bias"] = (dt + torch.log(-torch.expm1(-dt))).float()
+            out[f"{attn}A_log"] = random_a_log(spec.heads, rng).reshape(1, 1, spec.heads, 1)
+            out[f"{attn}dt_bias"] = random_dt_bias(width, rng)
             normal(f"{attn}f_a_proj.weight", spec.kda_head_dim, spec.hidden)
             normal(f"{attn}f_b_proj.weight", width, spec.kda_head_dim)
             normal(f"{attn}b_proj.weight", spec.heads, spec.hidden)

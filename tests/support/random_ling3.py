@@ -9,14 +9,13 @@ layer), "native" (transformers' in-memory names: fused convolutions and experts;
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from ling_tokenizer import CHAT_TEMPLATE, SPECIAL, VOCAB_SIZE, tokenizer_json
-from random_checkpoint import Weights, write_weights
+from random_checkpoint import Weights, random_a_log, random_dt_bias, write_weights
 
 Layout = Literal["hub", "resaved", "native"]
 
@@ -193,10 +192,8 @@ def weights(spec: LingSpec) -> Weights:
                 normal(f"{attn}{x}_conv1d.weight", width, 1, spec.conv, std=0.3)
             for x in "fg":
                 normal(f"{attn}{x}_proj.weight", width, spec.hidden)
-            out[f"{attn}A_log"] = (1 + 15 * torch.rand(spec.heads, generator=rng)).log().float()
-            low, high = math.log(0.001), math.log(0.1)
-            dt = torch.exp(torch.rand(width, generator=rng) * (high - low) + low)
-            out[f"{attn}dt_bias"] = (dt + torch.log(-torch.expm1(-dt))).float()
+            out[f"{attn}A_log"] = random_a_log(spec.heads, rng)
+            out[f"{attn}dt_bias"] = random_dt_bias(width, rng)
             normal(f"{attn}b_proj.weight", spec.heads, spec.hidden)
             norm(f"{attn}o_norm", spec.kda_head_dim)
             normal(f"{attn}o_proj.weight", spec.hidden, width)
