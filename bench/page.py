@@ -35,8 +35,8 @@ INTRODUCTION = """\
 patched build and the day. If several of them measured the same cell, the last one counts.
 
 {machine}. llama.cpp {commit} of {package}, upstream and patched ({builds}) built from the
-same archive with the same options by {compiler}. Measured {when} with kimi-gguf
-at {checkouts}. {dirty}Builds of later commits contain later patches.
+same archive with the same options by {compiler}, without upstream's AMX matmuls. Measured {when} with
+kimi-gguf at {checkouts}. {dirty}Builds of later commits contain later patches.
 
 Each build has its own process with the model loaded. The processes alternate in one run (A B B A); the idle one is
 stopped. Figures are medians ± the median absolute deviation. Upstream: the fastest of `--repack 0/1` and flash
@@ -374,8 +374,8 @@ def model_part(name: str, model: Data, page: Path) -> str:
     if lines := report.not_measured_lines(model):
         parts.append("\n".join(f"- {line}" for line in lines) + "\n")
     parts.append(
-        "Memory in MiB, and the time of loading, with as much of the file in the page cache as fits:\n\n"
-        + markdown(report.memory_table(model["model"]))
+        "Memory in MiB, and the time of loading. Copies that an earlier build made may have displaced part of the\n"
+        "file from the page cache:\n\n" + markdown(report.memory_table(model["model"]))
     )
     about = model["model"]["about"]
     if about.get("resident"):

@@ -169,7 +169,8 @@ register is replaced by `dup`, because llvm-mca makes `fmov` wait for the regist
 Cortex-A510 the model of the Cortex-A55. Its newest model of an Apple core is of 2013. Figures of Apple cores are
 computed from numbers of instructions and the [published throughputs of the M1]({apple}): four
 vector instructions, three loads, two stores, four loads and stores, and eight instructions of any kind per cycle, as if
-nothing ever waited. The M2 is assumed to be equal, with four `smmla` per cycle. Read them as limits.
+nothing ever waited. The M2 is assumed to be equal, with four `smmla` per cycle. So Apple's cores
+need at least as many cycles as these figures say.
 
 Figures of prompts and decoding are cycles for 16 int8 multiply-adds; fewer is better. `sdot` computes 16 and `smmla`
 (i8mm) 32. Bold: patched. Dash: upstream has no such kernel.

@@ -52,14 +52,16 @@ The machine has {cores} cores, so more threads are simulated. Each build runs wi
 time of each task is recorded. The time on N cores is calculated from these records. Assumptions: each core
 reads memory as fast as a core of this machine, all cores together read at most {bandwidth:.0f} GB/s, and a barrier
 takes {barrier:.1f} µs per core. For each step between two barriers, the median of {least} to {most} runs is used. Both
-builds run with default options and flash attention, which may not be upstream's fastest variant.
+builds run with default options and flash attention, which may not be upstream's fastest variant. Several NUMA nodes
+are not simulated. Some numbers of threads (33, 63, 100) do not divide the work evenly.
 
 Each cell: milliseconds upstream, milliseconds patched, speedup. Depth: tokens already in the cache. (m): the assumed
 memory bandwidth limits at least one of the two builds. The model is {model}.
 
 {table}
 {earlier}Measured on this machine right after the simulation, without recording. In parentheses: the simulated time
-minus the measured one, in percent of the measured one (negative: the simulation is too fast).
+minus the measured one, in percent of the measured one (negative: the simulation is too fast). Simulated speedups
+are {below:.2f} to {above:.2f} times the measured ones.
 
 {real}"""
 EARLIER = """\
@@ -149,6 +151,11 @@ class Times:
         upstream, other = (max(self.least, each) for each in seconds)
         return f"{milliseconds(upstream)}, {milliseconds(other)}, {upstream / other:.2f}{mark}"
 
+    def bias(self, threads: int) -> float:
+        """Simulated speedup / measured speedup."""
+        simulated, measured = self.simulated[threads], self.measured[threads]
+        return simulated[UPSTREAM] / simulated[PATCHED] / (measured[UPSTREAM] / measured[PATCHED])
+
     def reality(self, threads: int) -> str:
         """Measured milliseconds, each with the deviation of the simulation, and the ratio."""
         both = [(self.measured[threads][name], self.simulated[threads][name]) for name in (UPSTREAM, PATCHED)]
@@ -199,10 +206,12 @@ def page_text(model: str, times: Sequence[Times], earlier: str | None, created: 
     def speedups(build: str) -> str:
         return table(THREADS, ((row.title, *(row.speedup(build, n) for n in THREADS)) for row in times))
 
+    biases = [row.bias(threads) for row in times for threads in REAL]
     return PAGE.format(
         machine=machine_text(machine_facts()), when=created.date(),
         cores=REAL[-1], model=model, barrier=1e6 * BARRIER, bandwidth=BANDWIDTH / 1e9,
         least=min(STEPS.values()), most=max(STEPS.values()), table=speedups(PATCHED),
+        below=min(biases), above=max(biases),
         earlier=EARLIER.format(name=earlier, table=speedups(earlier)) if earlier else "",
         real=table(REAL, ((row.title, *map(row.reality, REAL)) for row in times)),
     )  # fmt: skip

@@ -89,6 +89,7 @@ def test_the_page_names_the_machine_the_day_and_an_earlier_build(monkeypatch: py
     assert "\n| 1 token, depth 7 | 60, 20, 3.00 | 30, 5, 6.00 (m) |\n" in page, "memory takes 5 ms"
     assert "\n| 1 token, depth 7 | 60, 30, 2.00 | 30, 20, 1.50 |\n" in page
     assert "\n| 1 token, depth 7 | 50 (+20%), 25 (-20%), 2.00 | 30 (+0%), 5 (-20%), 6.00 |\n" in page
+    assert "\nare 1.25 to 1.50 times the measured ones.\n" in page
     assert "yesterday's" not in page_text("model", [times], None, datetime(2026, 1, 2))
 
 
