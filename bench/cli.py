@@ -36,7 +36,8 @@ _FAMILIES = "".join(
 )
 
 EXAMPLES = f"""\
-  kimi-llama bench                                  a quick subset on a generated model of 1.6 GB: a few minutes
+  kimi-llama bench                                  a quick subset on a generated model of 1.6 GB: a few minutes,
+                                                    and the first time some more: upstream is compiled, too
   kimi-llama bench --grid --json out/bench.json     types x batches x depths x threads: hours
   kimi-llama bench model.gguf --batch 1,512 --depth 0,16384
   kimi-llama bench --type Q8_0 --batch 1 --depth 16384 --cache-type f16,q8_0

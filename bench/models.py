@@ -191,7 +191,7 @@ def convert_demo(kind: str, reporter: Reporter) -> Path:
         reporter.phase(f"converting the demo to {kind}")
         path.parent.mkdir(parents=True, exist_ok=True)
         options = [str(demo), "-o", str(path), "--type", kind, "--quiet"]
-        command = [sys.executable, "-m", "kimi_gguf.convert.cli", *options]
+        command = [sys.executable, "-P", "-m", "kimi_gguf.convert.cli", *options]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
             raise EngineError(

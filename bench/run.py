@@ -7,6 +7,7 @@ requested. The record on disk is complete after every cell, also if the run is i
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from kimi_gguf.bench.prompt_cache import Starter, chat_template, measure_prompt_
 from kimi_gguf.bench.record import add, cell_data, load, load_all, model_data, new_record, save
 from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Peaks, demand, mean_of, measure_device_peaks, measure_peaks
-from kimi_gguf.bench.runner import environment_of
+from kimi_gguf.bench.runner import MATMUL_SWITCHES, environment_of
 from kimi_gguf.bench.server import running
 from kimi_gguf.bench.shapes import TYPES, chosen_model
 from kimi_gguf.bench.speculative import cost_table, measure_cost, measure_server, server_table
@@ -59,6 +60,7 @@ OPTIONS_OF_WORKERS = (
     "--workers", "--demo", "--type", "--family", "--layers", "--experts", "--shapes", "--quick", "--batch", "--depth",
     "--build", "--backend", "--threads", "--ubatch", "--cache-type", "--libraries",
 )  # fmt: skip
+OPTIONS_OF_GENERATED = ("--type", "--family", "--layers", "--experts", "--shapes")
 FREE_SHARE = 0.95  # of a device's free memory that is used
 
 
@@ -175,6 +177,13 @@ def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
         )
     if parsed.model is not None:
         open_model(parsed.model)  # before builds are made
+        if ignored := [each for each in other_options(words, ()) if each in OPTIONS_OF_GENERATED]:
+            raise UsageError(
+                f"{parsed.model} is measured as it is",
+                expected="no options of a generated model",
+                found=", ".join(ignored),
+                todo="leave them out, or leave out the file",
+            )
     if parsed.demo and parsed.type and not set(parsed.type) <= set(DEMO_TYPES):
         raise UsageError(f"--demo: expected --type {' or '.join(DEMO_TYPES)}, found {','.join(parsed.type)}")
 
@@ -240,6 +249,11 @@ class Run:
         self.parsed = parsed
         self.began = time.monotonic()
         gpu = on_device(parsed)
+        for name in filter(os.environ.get, MATMUL_SWITCHES):
+            print(
+                f"kimi-llama bench: {name} has no effect: patched is measured with its default",
+                file=sys.stderr,
+            )
         self.patched, self.upstream = (chosen_build(parsed, upstream) for upstream in (False, True))
         # on a device patched runs with the default KIMI_OPS: fallbacks are allowed and reported
         self.environments = {

@@ -51,11 +51,22 @@ class Runner(Worker):
             self.send_signal(signal.SIGSTOP)
 
 
+MATMUL_SWITCHES = (
+    "KIMI_AMX",
+    "KIMI_PREFETCH_IN_ORDER",
+    "KIMI_REPACK",
+)  # of ggml_ops/matmul; empty: the default
+
+
 def environment_of(engine: Engine, libraries: Path | None = None, switch: str = "require") -> dict[str, str]:
-    """The environment of a build. libraries: used instead of its own. switch: KIMI_OPS of a patched build, if unset."""
+    """The environment of a build. libraries: used instead of its own. switch: KIMI_OPS of a patched build, if unset.
+
+    Other switches have their defaults, because records and pages do not name them.
+    """
     environment = engine.environment()
     if libraries is not None:
         environment["LLAMA_CPP_LIB_PATH"] = str(libraries.resolve())
     if not engine.is_upstream:
         environment["KIMI_OPS"] = os.environ.get("KIMI_OPS", switch)
+        environment |= dict.fromkeys(MATMUL_SWITCHES, "")
     return environment

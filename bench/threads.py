@@ -3,8 +3,9 @@
 Input: the events that native/tasks.cpp records while a graph runs with N threads on the cores there are: the CPU time
 of each thread's part of each phase (what is computed between two barriers), and of each chunk that threads fetch from
 ggml's counter. Output: the time on N cores: in each phase the cores begin with the threads' first parts, then whichever
-is free first takes the next chunk; the phase ends with the last of them. To this, BARRIER for each barrier and core is
-added, and no decode is faster than the memory delivers its bytes at BANDWIDTH. A core reads as fast as it does here.
+is free first takes the next chunk; the phase ends with the last of them. All phases together are not shorter than the
+memory needs to deliver their bytes at BANDWIDTH; a core reads as fast as it does here. To this, BARRIER for each
+barrier and core is added, because nothing is read at barriers.
 """
 
 from __future__ import annotations
@@ -111,23 +112,37 @@ def _phases(events: Events) -> list[list[_Part]]:
     return graphs
 
 
-def simulated(graphs: Sequence[Sequence[Phase]], decodes: int) -> float:
-    """Seconds of a decode on as many cores as there were threads: of each phase the median of all decodes."""
+@dataclass(frozen=True)
+class Simulation:
+    """A decode on many cores, in seconds."""
+
+    phases: float  # if the bandwidth of all cores together has no limit
+    memory: float  # in which the memory delivers what all phases read
+    barriers: float
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the memory limits it."""
+        return self.phases < self.memory
+
+    @property
+    def seconds(self) -> float:
+        """The time of the decode."""
+        return max(self.phases, self.memory) + self.barriers
+
+
+def simulated(graphs: Sequence[Sequence[Phase]], decodes: int, nbytes: float) -> Simulation:
+    """A decode that reads nbytes, on as many cores as there were threads: of each phase the median of all decodes."""
     each = len(graphs) // decodes
-    total = 0.0
+    phases, barriers = 0.0, 0.0
     for number in range(each):
         same = graphs[number::each]
         spans = zip(*([phase.span for phase in phases] for phases in same), strict=True)
-        total += sum(map(median, spans))
-        total += len(same[0]) * BARRIER * _cores(same[0])
-    return total
+        phases += sum(map(median, spans))
+        barriers += len(same[0]) * BARRIER * _cores(same[0])
+    return Simulation(phases, nbytes / BANDWIDTH, barriers)
 
 
 def _cores(phases: Sequence[Phase]) -> int:
     cores = len(phases[0].first)
     return cores if cores > 1 else 0
-
-
-def floor(nbytes: float) -> float:
-    """Seconds in which the memory delivers `nbytes` to all cores together."""
-    return nbytes / BANDWIDTH

@@ -11,15 +11,12 @@ import argparse
 import difflib
 import json
 import re
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Final, TypeVar
 
 from kimi_gguf.convert.conversion import Options, convert, plan_only, silent, silently
@@ -34,7 +31,7 @@ from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.convert.types.file_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.types.mixes import RECIPES, TypeRequest
 from kimi_gguf.convert.verify import verify
-from kimi_gguf.engine.interrupts import INTERRUPTED
+from kimi_gguf.engine.interrupts import INTERRUPTED, terminable
 from kimi_gguf.engine.path_check import check_paths
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType
@@ -89,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--recipe: sets the types of all tensors; remove {' and '.join(given)}")
     try:
         check_paths(options)
-        with _terminable():
+        with terminable():
             return act(options)
     except KimiError as error:
         return _failed(str(error), options.json)
@@ -420,23 +417,6 @@ def _row(tensor: PlannedTensor) -> tuple[str, str, str, str, str]:
     sources += f" x {output.factor[0]}" if output.factor else ""
     shape = " x ".join(str(n) for n in output.ne)
     return tensor.name, tensor.type.name, shape, f"{tensor.nbytes:,}", sources + how
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Handle SIGTERM and SIGHUP like Ctrl-C, unless they are ignored (as under nohup)."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handled = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
-    before = [(number, signal.signal(number, stop)) for number in handled]
-    try:
-        yield
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def _download(pin: Pin, path: Path) -> None:
             )
     requirements = path.with_name("requirements.txt")
     requirements.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.archive_sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--no-binary", pin.package, "--no-build-isolation", "--dest", str(path.parent)]
     command += ["--requirement", str(requirements)]
     environment = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}

@@ -26,6 +26,9 @@ _ADVICE = (
      "cuda-toolkit, Debian's nvidia-cuda-toolkit); CUDACXX names its nvcc if that is not the first on PATH"),
     (r"Could NOT find Vulkan|SPIRV-Headers",
      "install what builds Vulkan programs: libvulkan-dev, glslc and spirv-headers (Debian, Ubuntu)"),
+    (r"Killed signal terminated program",
+     "the compiler was killed, probably because there was no memory left; build again, with fewer compilers at a time: "
+     "taskset -c 0 COMMAND"),
 )  # fmt: skip
 _STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 

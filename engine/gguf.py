@@ -294,20 +294,24 @@ class _Cursor:
             return self.unpack(_SCALARS[kind])[0]
         items, count = self.unpack("<IQ")
         if items == _STRING:
-            if count > (self.end - self.at) // 8:
-                raise GgufError(f"{self.path}: an array of {count} strings is longer than the header")
+            self._check_strings(count)
             return [self.string() for _ in range(count)]
         if items not in _SCALARS:
             raise GgufError(f"{self.path}: unknown type {items} of an array's items")
         layout = np.dtype(_SCALARS[items].replace("<?", "?"))
         return np.frombuffer(self.take(count * layout.itemsize), layout).tolist()
 
+    def _check_strings(self, count: int) -> None:
+        """Raise `GgufError` if so many strings, with a length of 8 bytes each, are longer than what is left."""
+        if count > (self.end - self.at) // 8:
+            what = f"an array of {count} strings is longer than the header"
+            raise GgufError(f"{self.path}: {what}: the file ends early, or is damaged")
+
     def skip(self, kind: int) -> None:
         """Go to the end of a value without reading it."""
         items, count = self.unpack("<IQ") if kind == _ARRAY else (kind, 1)
         if items == _STRING:
-            if count > (self.end - self.at) // 8:
-                raise GgufError(f"{self.path}: an array of {count} strings is longer than the header")
+            self._check_strings(count)
             for _ in range(count):
                 self._pass_over(*self.unpack("<Q"))
         elif items in _SCALARS:

@@ -118,6 +118,6 @@ def _check_file(path: Path) -> None:
         raise EngineError(
             f"{path}: not a GGUF file",
             expected="b'GGUF' as its first bytes",
-            found=repr(magic),
+            found=repr(magic) if magic else "an empty file",
             todo="give a GGUF file; convert-kimi makes one from a checkpoint",
         )

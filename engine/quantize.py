@@ -115,10 +115,11 @@ def _own_folder(output: Path) -> Iterator[str]:
             with suppress(OSError), folder_lock(path, wait=False) as locked:
                 if locked:
                     shutil.rmtree(path, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix) as folder,
-        folder_lock(Path(folder), wait=False),
-    ):
+    try:
+        made = tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix)
+    except OSError as error:
+        raise EngineError(f"{output}: cannot be written: {error.strerror}; nothing was written") from None
+    with made as folder, folder_lock(Path(folder), wait=False):
         yield folder
 
 

@@ -36,7 +36,7 @@ class Worker:
         """command: Python's arguments. environment: of the build."""
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-P", *command],  # nothing is imported from the current directory
             env={**os.environ, "GGML_NO_BACKTRACE": "1", **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

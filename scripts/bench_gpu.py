@@ -216,7 +216,7 @@ class Campaign:
             self.test(stage, limit, output)
         else:
             words = ("bench", *stage.words, "--json", str(output))
-            call([sys.executable, "-m", "kimi_gguf.scripts.kimi_llama", *words], limit, stage.name)
+            call([sys.executable, "-P", "-m", "kimi_gguf.scripts.kimi_llama", *words], limit, stage.name)
         self.finished[stage.name] = {"inputs": inputs, "sha256": file_sha256(output)}
         atomically(self.file, lambda part: part.write_text(json.dumps(self.finished, indent=1) + "\n"))
 
@@ -251,7 +251,7 @@ class Campaign:
                 f"bench-gpu: no matplotlib here; draw the page elsewhere: {shlex.join(['kimi-llama', *words])}"
             )
             return
-        call([sys.executable, "-m", "kimi_gguf.scripts.kimi_llama", *words], LIMIT, "page")
+        call([sys.executable, "-P", "-m", "kimi_gguf.scripts.kimi_llama", *words], LIMIT, "page")
         print(f"bench-gpu: see {self.place.page}")
 
 
@@ -297,7 +297,7 @@ def prepare(folder: Path, python: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["build"]]
     words = ["--quiet", "--disable-pip-version-check", "--only-binary=:all:", "--python-version", python]
-    command = [sys.executable, "-m", "pip", "download", *words, "--dest", str(wheels), *wanted]
+    command = [sys.executable, "-P", "-m", "pip", "download", *words, "--dest", str(wheels), *wanted]
     if subprocess.run(command, check=False).returncode:
         raise EngineError(
             "pip could not download the wheels", todo="see its message above; check the network"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from kimi_gguf.bench import cli as bench_cli
 from kimi_gguf.engine.build_spec import BACKENDS
 from kimi_gguf.engine.builds import DEFAULT, ensure, select, use
 from kimi_gguf.engine.errors import EngineError, UsageError
-from kimi_gguf.engine.interrupts import INTERRUPTED
+from kimi_gguf.engine.interrupts import INTERRUPTED, terminable
 from kimi_gguf.engine.path_check import check_paths
 from kimi_gguf.engine.toolchain import CORES, MAX_THREADS, cores
 from kimi_gguf.engine.version import VERSION
@@ -71,10 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{where}")
     parsed.words = list(sys.argv[1:] if arguments is None else arguments)
     action: Callable[[argparse.Namespace], int] = parsed.action
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        check_paths(parsed)
-        return action(parsed)
+        with terminable():
+            check_paths(parsed)
+            return action(parsed)
     except BrokenPipeError:
         raise  # see scripts/commands.py
     except (KimiError, OSError) as error:
@@ -83,10 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kimi-llama: interrupted; no unfinished file is left", file=sys.stderr)
         return INTERRUPTED
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _build(parsed: argparse.Namespace) -> int:

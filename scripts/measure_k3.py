@@ -58,7 +58,7 @@ The resumed file and that of the uninterrupted conversion have the same hash (SH
 
 def command(*words: object) -> list[str]:
     """A conversion in a process of its own."""
-    return [sys.executable, "-m", "kimi_gguf.scripts.sparse_conversion", *map(str, words)]
+    return [sys.executable, "-P", "-m", "kimi_gguf.scripts.sparse_conversion", *map(str, words)]
 
 
 def run(*words: object) -> Data:

@@ -217,7 +217,7 @@ def _anonymous(entry: tarfile.TarInfo, seconds: int) -> None:
 
 def pure_wheel(sdist: Path, folder: Path) -> Path:
     """The wheel that pip builds from the sdist: Python, patches and operators, without an engine."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    command = [sys.executable, "-P", "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     # pip's cache finds wheels by the path of their sdist, which may have changed
     command += ["--no-cache-dir", "--wheel-dir", str(folder), str(sdist)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -300,7 +300,7 @@ def check_policy(wheel: Path, engine: Engine) -> None:
     """On Linux, check that the wheel needs no newer system than its name says. Raises `EngineError`."""
     if sys.platform != "linux":
         return
-    command = [sys.executable, "-m", "auditwheel", "show", str(wheel)]
+    command = [sys.executable, "-P", "-m", "auditwheel", "show", str(wheel)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     said = " ".join((ended.stdout + ended.stderr).split())
     if f'consistent with the following platform tag: "{platform_tag(engine)}"' not in said:

@@ -26,7 +26,15 @@ from kimi_gguf.bench.report import markdown
 from kimi_gguf.bench.roofline import demand
 from kimi_gguf.bench.runner import Runner, environment_of
 from kimi_gguf.bench.shapes import BenchModel
-from kimi_gguf.bench.threads import BANDWIDTH, BARRIER, floor, graphs_of, read_events, recorder, simulated
+from kimi_gguf.bench.threads import (
+    BANDWIDTH,
+    BARRIER,
+    Simulation,
+    graphs_of,
+    read_events,
+    recorder,
+    simulated,
+)
 from kimi_gguf.engine.builds import Engine, ensure, load
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.facts import machine_facts
@@ -49,11 +57,11 @@ Written by `python -m kimi_gguf.scripts.simulate_threads`; do not edit.
 {machine}. Measured {when}.
 
 The machine has {cores} cores, so more threads are simulated. Each build runs with N threads on these cores, and the CPU
-time of each task is recorded. The time on N cores is calculated from these records. Assumptions: each core
-reads memory as fast as a core of this machine, all cores together read at most {bandwidth:.0f} GB/s, and a barrier
-takes {barrier:.1f} µs per core. For each step between two barriers, the median of {least} to {most} runs is used. Both
-builds run with default options and flash attention, which may not be upstream's fastest variant. Several NUMA nodes
-are not simulated. Some numbers of threads (33, 63, 100) do not divide the work evenly.
+time of each task is recorded. The time on N cores is calculated from these records. Assumptions: each core reads memory
+as fast as a core of this machine; all cores together read at most {bandwidth:.0f} GB/s between barriers, on average
+over a decode; a barrier takes {barrier:.1f} µs per core. For each step between two barriers, the median of {least} to
+{most} runs is used. Both builds run with default options and flash attention, which may not be upstream's fastest
+variant. Several NUMA nodes are not simulated. Some numbers of threads (33, 63, 100) do not divide the work evenly.
 
 Each cell: milliseconds upstream, milliseconds patched, speedup. Depth: tokens already in the cache. (m): the assumed
 memory bandwidth limits at least one of the two builds. The model is {model}.
@@ -81,6 +89,7 @@ class Build:
     """
 
     def __init__(self, engine: Engine, model: ModelFile) -> None:
+        self._model = model
         recording = {"LD_PRELOAD": str(recorder()), "OMP_WAIT_POLICY": "passive"}
         self._recording = self._started(engine, model, recording)
         self._measuring = self._started(engine, model, {})
@@ -116,8 +125,8 @@ class Build:
         )
         return float(median(answer["seconds"]))
 
-    def simulated(self, cell: Cell, threads: int, folder: Path) -> float:
-        """Seconds of a decode on as many cores as threads."""
+    def simulated(self, cell: Cell, threads: int, folder: Path) -> Simulation:
+        """A decode on as many cores as threads."""
         file, steps = folder / "events", STEPS[cell.batch]
         self._recording.ask(
             "record_tasks",
@@ -127,17 +136,16 @@ class Build:
             threads=threads,
             file=str(file),
         )
-        return simulated(graphs_of(read_events(file)), steps)
+        return simulated(graphs_of(read_events(file)), steps, demand(self._model, cell).nbytes)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Of a cell, in seconds: those by number of threads and name of the build."""
+    """Of a cell, by number of threads and name of the build."""
 
     cell: Cell
-    least: float  # in which the assumed memory delivers what the cell reads
-    simulated: Mapping[int, Mapping[str, float]]
-    measured: Mapping[int, Mapping[str, float]]
+    simulated: Mapping[int, Mapping[str, Simulation]]
+    measured: Mapping[int, Mapping[str, float]]  # seconds
 
     @property
     def title(self) -> str:
@@ -146,19 +154,21 @@ class Times:
 
     def speedup(self, build: str, threads: int) -> str:
         """Simulated milliseconds of upstream and of a build, and the ratio."""
-        seconds = [self.simulated[threads][name] for name in (UPSTREAM, build)]
-        mark = " (m)" if min(seconds) < self.least else ""
-        upstream, other = (max(self.least, each) for each in seconds)
-        return f"{milliseconds(upstream)}, {milliseconds(other)}, {upstream / other:.2f}{mark}"
+        upstream, other = (self.simulated[threads][name] for name in (UPSTREAM, build))
+        mark = " (m)" if upstream.is_limited or other.is_limited else ""
+        times = f"{milliseconds(upstream.seconds)}, {milliseconds(other.seconds)}"
+        return f"{times}, {upstream.seconds / other.seconds:.2f}{mark}"
 
     def bias(self, threads: int) -> float:
         """Simulated speedup / measured speedup."""
         simulated, measured = self.simulated[threads], self.measured[threads]
-        return simulated[UPSTREAM] / simulated[PATCHED] / (measured[UPSTREAM] / measured[PATCHED])
+        speedup = simulated[UPSTREAM].seconds / simulated[PATCHED].seconds
+        return speedup / (measured[UPSTREAM] / measured[PATCHED])
 
     def reality(self, threads: int) -> str:
         """Measured milliseconds, each with the deviation of the simulation, and the ratio."""
-        both = [(self.measured[threads][name], self.simulated[threads][name]) for name in (UPSTREAM, PATCHED)]
+        measured, simulated = self.measured[threads], self.simulated[threads]
+        both = [(measured[name], simulated[name].seconds) for name in (UPSTREAM, PATCHED)]
         (upstream, _), (patched, _) = both
         texts = (f"{milliseconds(a)} ({b / a - 1:+.0%})" for a, b in both)
         return f"{', '.join(texts)}, {upstream / patched:.2f}"
@@ -187,7 +197,7 @@ def times_of(
             }
             if threads in REAL:
                 measured[threads] = {name: build.measured(cell, threads) for name, build in builds.items()}
-        yield Times(cell, floor(demand(model, cell).nbytes), simulated, measured)
+        yield Times(cell, simulated, measured)
 
 
 def milliseconds(seconds: float) -> str:

@@ -29,7 +29,7 @@ from kimi_gguf.engine.builds import Engine, ensure, options_of, select
 from kimi_gguf.engine.errors import install
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.folder_lock import folder_lock
-from kimi_gguf.engine.interrupts import INTERRUPTED, interrupt_ends_process
+from kimi_gguf.engine.interrupts import INTERRUPTED, interrupt_ends_process, terminable
 from kimi_gguf.engine.path_check import check_paths
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.engine.toolchain import CORES, MAX_THREADS, cores
@@ -97,16 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _card(words[1:])
     options = _parser().parse_args(words)
     try:
-        check_paths(options)
-        _load_packages()
-        from kimi_gguf.validate.pipeline import validate
+        with terminable():
+            check_paths(options)
+            _load_packages()
+            from kimi_gguf.validate.pipeline import validate
 
-        request = _request(options, options.gguf, options.against)
-        check_place(options.out)
-        engine, upstream = _engines(options)
-        with reporting() as reporter:
-            report = validate(request, engine, upstream, reporter)
-        html = write(report, options.out)
+            request = _request(options, options.gguf, options.against)
+            check_place(options.out)
+            engine, upstream = _engines(options)
+            with reporting() as reporter:
+                report = validate(request, engine, upstream, reporter)
+            html = write(report, options.out)
     except BrokenPipeError:
         raise  # see scripts/commands.py
     except (KimiError, OSError) as error:

@@ -163,13 +163,20 @@ def remove_scratch(folder: Path) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """Raise `ValidateError` if the three files cannot be written to `folder`; nothing is made."""
-    taken = next((each for each in (folder, *folder.parents) if each.exists() and not each.is_dir()), None)
-    if taken is not None:
-        raise ValidateError(f"{taken}: expected a folder for the report, found {kind_of(taken)}")
+    """Raise `ValidateError` if the three files cannot be written to `folder`; nothing is left there."""
+    nearest = next(each for each in (folder, *folder.parents) if each.exists() or each == each.parent)
+    if not nearest.is_dir():
+        raise ValidateError(f"{nearest}: expected a folder for the report, found {kind_of(nearest)}")
     for name in FILES:
         if (folder / name).is_dir():
             raise ValidateError(f"{folder / name}: expected a report or nothing, found a folder")
+    try:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=nearest):
+            pass
+    except OSError as error:
+        raise ValidateError(
+            f"{folder}: the report cannot be written there: {error.strerror}; choose another folder with --out"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------------ JSON

@@ -25,15 +25,16 @@ def locked(folder: Path, path: Path) -> int:
     while True:
         try:
             folder.mkdir(exist_ok=True)
-            fd = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-        except FileNotFoundError:
-            if not path.parent.is_dir():
-                raise
-            continue  # the folder was removed in between: try again
         except FileExistsError:
             raise ConvertError(f"{folder}: expected a folder, found a file; remove it") from None
         except OSError as error:
-            raise ConvertError(f"{path}: cannot be written: {error.strerror}; nothing was written") from None
+            raise _not_writable(path, error) from None
+        try:
+            fd = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        except FileNotFoundError:
+            continue  # another process removed the folder in between: try again
+        except OSError as error:
+            raise _not_writable(path, error) from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -48,6 +49,10 @@ def locked(folder: Path, path: Path) -> int:
             if os.path.samestat((folder / JOURNAL).stat(), os.fstat(fd)):
                 return fd
         os.close(fd)  # another process finished or removed it in between: try again
+
+
+def _not_writable(path: Path, error: OSError) -> ConvertError:
+    return ConvertError(f"{path}: cannot be written: {error.strerror}; nothing was written")
 
 
 def append(folder: Path, entry: dict[str, Any]) -> None:

@@ -322,6 +322,16 @@ def test_single_matmuls_have_no_options_of_models(words: str, capsys: pytest.Cap
     assert "leave out --type, --batch and --depth" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--layers=4", "--type=Q8_0", "--shapes=tiny"])
+def test_a_file_has_no_options_of_generated_models(
+    option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kimi_gguf.bench.run.open_model", lambda _: None)
+    assert kimi_llama.main(["bench", "model.gguf", option]) == 2
+    said = "model.gguf is measured as it is: expected no options of a generated model"
+    assert f"{said}, found {option.partition('=')[0]};" in capsys.readouterr().err
+
+
 def test_a_worker_is_named_by_its_address(capsys: pytest.CaptureFixture[str]) -> None:
     assert kimi_llama.main(["bench", "--workers", "10.0.0.2:50052,foo"]) == 2
     assert "expected HOST:PORT,... such as 10.0.0.2:50052, found foo; " in capsys.readouterr().err

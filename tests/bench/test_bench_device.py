@@ -342,7 +342,8 @@ def test_the_driver_s_version_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
     assert devices.driver_of("cuda") == "NVIDIA 580.1"
 
 
-def test_a_toolkit_without_cublas_is_reported() -> None:
+def test_advice_for_a_build_that_failed() -> None:
     log = 'CMake Error:\n  Target "ggml-cuda" links to:\n\n    CUDA::cublas\n\n  but the target was not found.\n'
     assert "whole CUDA toolkit, with cuBLAS" in advice(log)
+    assert "no memory left" in advice("c++: fatal error: Killed signal terminated program cc1plus")
     assert advice("error: expected ';'") == "correct what the log shows, then build again"

@@ -180,3 +180,13 @@ def test_an_idle_runner_is_stopped_and_can_be_ended(gguf: Path, engine: Engine) 
             time.sleep(0.01)
         assert stat.read_text().rpartition(")")[2].split()[0] == "T"
     assert not stat.exists()
+
+
+@pytest.mark.engine
+def test_switches_that_no_record_names_have_their_defaults(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KIMI_REPACK", "1")
+    monkeypatch.setenv("KIMI_OPS", "off")
+    environment = environment_of(engine)
+    assert (environment["KIMI_REPACK"], environment["KIMI_AMX"], environment["KIMI_OPS"]) == ("", "", "off")

@@ -22,7 +22,7 @@ from kimi_gguf.bench.threads import (
     GRAPH,
     Events,
     Phase,
-    floor,
+    Simulation,
     graphs_of,
     read_events,
     recorder,
@@ -68,28 +68,35 @@ def test_a_core_that_is_free_takes_the_next_chunk() -> None:
 def test_each_phase_counts_with_its_median_of_several_decodes() -> None:
     decodes = ((3.0, 1.0), (2.0, 2.0), (9.0, 5.0))  # seconds of both phases
     graphs = [[Phase((a, 1.0), ()), Phase((b, 1.0), ())] for a, b in decodes]
-    assert simulated(graphs, 3) == pytest.approx(3 + 2 + 2 * 2 * BARRIER)
-    assert simulated(graphs, 1) == pytest.approx(3 + 1 + 2 + 2 + 9 + 5 + 6 * 2 * BARRIER)
+    assert simulated(graphs, 3, 0).seconds == pytest.approx(3 + 2 + 2 * 2 * BARRIER)
+    assert simulated(graphs, 1, 0).seconds == pytest.approx(3 + 1 + 2 + 2 + 9 + 5 + 6 * 2 * BARRIER)
 
 
-def test_no_decode_is_faster_than_the_memory() -> None:
-    assert floor(BANDWIDTH / 4) == 0.25
+def test_nothing_is_read_at_barriers() -> None:
+    found = simulated([[Phase((2.0, 1.0), ())]], 1, 2.5 * BANDWIDTH)
+    assert found == Simulation(2, 2.5, 2 * BARRIER) and found.is_limited
+    assert found.seconds == 2.5 + 2 * BARRIER
+    assert not Simulation(2, 1.5, 1).is_limited and Simulation(2, 1.5, 1).seconds == 3
 
 
 def test_the_page_names_the_machine_the_day_and_an_earlier_build(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"processor": "Z80", "cores": 2, "memory_gib": 0.1}
     monkeypatch.setattr("kimi_gguf.scripts.simulate_threads.machine_facts", lambda: facts)
     monkeypatch.setattr("kimi_gguf.scripts.simulate_threads.THREADS", (1, 2))
-    simulated = {1: {"upstream": 0.06, "yesterday's": 0.03, "patched": 0.02}}
-    simulated[2] = {"upstream": 0.03, "yesterday's": 0.02, "patched": 0.004}
+    milliseconds = {1: {"upstream": 60, "yesterday's": 30, "patched": 20}}
+    milliseconds[2] = {"upstream": 30, "yesterday's": 20, "patched": 4}
+    simulated = {
+        threads: {name: Simulation(each / 1000, 0.005, 0) for name, each in row.items()}
+        for threads, row in milliseconds.items()
+    }
     measured = {1: {"upstream": 0.05, "patched": 0.025}, 2: {"upstream": 0.03, "patched": 0.005}}
-    times = Times(Cell("f16", 1, 7, 2, 1), 0.005, simulated, measured)
+    times = Times(Cell("f16", 1, 7, 2, 1), simulated, measured)
     page = page_text("model", [times], "yesterday's", datetime(2026, 1, 2))
     assert "\nZ80, 2 cores, 0.1 GiB. Measured 2026-01-02.\n" in page
     assert "\n| 1 token, depth 7 | 60, 20, 3.00 | 30, 5, 6.00 (m) |\n" in page, "memory takes 5 ms"
     assert "\n| 1 token, depth 7 | 60, 30, 2.00 | 30, 20, 1.50 |\n" in page
-    assert "\n| 1 token, depth 7 | 50 (+20%), 25 (-20%), 2.00 | 30 (+0%), 5 (-20%), 6.00 |\n" in page
-    assert "\nare 1.25 to 1.50 times the measured ones.\n" in page
+    assert "\n| 1 token, depth 7 | 50 (+20%), 25 (-20%), 2.00 | 30 (+0%), 5 (+0%), 6.00 |\n" in page
+    assert "\nare 1.00 to 1.50 times the measured ones.\n" in page
     assert "yesterday's" not in page_text("model", [times], None, datetime(2026, 1, 2))
 
 
@@ -118,5 +125,5 @@ def test_a_decode_is_recorded(engine: Engine, upstream: Engine, tmp_path: Path) 
             assert len(graphs) == 2 and len(graphs[0]) == len(graphs[1]) > 50
             assert sum(len(phase.chunks) for phase in graphs[0]) > 20
             phases[threads] = len(graphs[0])
-            assert simulated(graphs, 2) > 0
+            assert simulated(graphs, 2, 0).seconds > 0
         assert phases[1] == phases[3]

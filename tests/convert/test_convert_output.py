@@ -88,6 +88,19 @@ def test_a_full_disk_in_the_middle_leaves_no_file(source: Path, out: Path) -> No
     assert_refused(run, out, "x.gguf", "cannot be written", "nothing was written")
 
 
+def test_a_current_directory_that_was_removed_is_an_error(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mkdir fails there with ENOENT, as if another process had removed the folder of the unfinished output."""
+    gone = out / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    process = start_convert(source.resolve(), "-o", "x.gguf")
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "x.gguf: cannot be written" in said
+
+
 def test_a_small_disk_is_reported_first(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert_refused(convert(source, "-o", out / "x.gguf"), out, "1,000 bytes free", "free disk space")

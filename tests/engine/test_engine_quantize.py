@@ -111,10 +111,9 @@ def interrupted(tmp_path: Path, model: Path, by: signal.Signals) -> tuple[set[st
     """(the names while llama-quantize wrote, standard error) of a run that gets a signal."""
     run = program(tmp_path, WAITS)
     code = (
-        "import sys, signal; from pathlib import Path; from kimi_gguf.engine.quantize import quantize\n"
-        "from kimi_gguf.scripts.kimi_llama import _interrupt\n"
-        "signal.signal(signal.SIGTERM, _interrupt)\n"
-        "quantize(Path(sys.argv[1]), Path(sys.argv[2]), [sys.argv[3], 'Q8_0'])"
+        "import sys; from pathlib import Path; from kimi_gguf.engine.quantize import quantize\n"
+        "from kimi_gguf.engine.interrupts import terminable\n"
+        "with terminable(): quantize(Path(sys.argv[1]), Path(sys.argv[2]), [sys.argv[3], 'Q8_0'])"
     )
     words = [sys.executable, "-c", code, run, model, tmp_path / "out.gguf"]
     with subprocess.Popen(
@@ -245,6 +244,7 @@ def test_a_dry_run_needs_no_output(model: Path, tmp_path: Path) -> None:
         (["in.gguf", "Q8_0"], "is the model itself"),
         (["absent/out.gguf", "Q8_0"], "no such folder"),
         (["folder.gguf", "Q8_0"], "is a folder"),
+        (["/proc/out.gguf", "Q8_0"], r"^/proc/out\.gguf: cannot be written: No such file or directory"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_the_work(

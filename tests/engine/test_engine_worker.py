@@ -39,6 +39,15 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
         yield process
 
 
+def test_nothing_is_imported_from_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit('numpy of the current directory')")
+    monkeypatch.chdir(tmp_path)
+    with Worker("-c", f"import numpy\n{REQUESTS}", environment={}) as process:
+        assert process.ask("count", step=2) == 2
+
+
 def test_one_process_answers_one_request_after_another(worker: Worker) -> None:
     told: list[tuple[int, int]] = []
     assert worker.ask("count", lambda *step: told.append(step), step=2) == 2

@@ -120,6 +120,13 @@ def test_a_failed_step_names_a_log_that_it_wrote(fails: str, step: str, log: str
     assert not log or (installed / "out" / log).is_file()
 
 
+def test_a_folder_that_cannot_be_made_is_one_message(installed: Path) -> None:
+    (installed / "file").touch()
+    ended = subprocess.run(["scripts/demo", "file/out"], cwd=installed, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("mkdir: ") and ended.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("how", ["exec sleep 60", "handles"])
 def test_an_interrupted_demo_is_not_called_a_failure(how: str, installed: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the script and its program, which ends by the signal or, as Python's do, with status 130."""

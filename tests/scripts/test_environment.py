@@ -95,13 +95,12 @@ def ran(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
 )  # fmt: skip
 def test_help_installs_nothing(script: str, option: str, checkout: Path) -> None:
     ended = ran(checkout, script, option)
-    assert ended.returncode in (0, 2)
-    assert f"scripts/{script}" in ended.stdout + ended.stderr
-    assert "error" not in ended.stderr
+    assert ended.returncode == 0 and not ended.stderr
+    assert f"scripts/{script}" in ended.stdout
 
 
 def test_help_of_lint(checkout: Path) -> None:
-    assert ran(checkout, "lint", "--help").stderr.startswith("Run ruff")
+    assert ran(checkout, "lint", "--help").stdout.startswith("Run ruff")
     ended = ran(checkout, "lint")
     assert ended.returncode == 1 and "run: scripts/environment build,validate,test" in ended.stderr
 

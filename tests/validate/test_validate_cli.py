@@ -198,6 +198,15 @@ def test_numbers_that_llama_cpp_cannot_hold_give_status_2(
     assert words.split()[0] in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_reported_first(
+    gguf: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody can make a folder in /proc."""
+    assert main([str(gguf), "--checkpoint", str(checkpoint), "--out", "/proc/report"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "/proc/report: the report cannot be written there" in error
+
+
 @pytest.mark.parametrize("taken", ["a file", "a folder named as a report"])
 def test_a_place_that_cannot_have_the_report_gives_status_2_at_once(
     taken: str, gguf: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
