@@ -51,11 +51,8 @@ class Runner(Worker):
             self.send_signal(signal.SIGSTOP)
 
 
-MATMUL_SWITCHES = (
-    "KIMI_AMX",
-    "KIMI_PREFETCH_IN_ORDER",
-    "KIMI_REPACK",
-)  # of ggml_ops/matmul; empty: the default
+# Of ggml_ops/matmul; empty: the default.
+MATMUL_SWITCHES = ("KIMI_AMX", "KIMI_PREFETCH_IN_ORDER", "KIMI_REPACK")
 
 
 def environment_of(engine: Engine, libraries: Path | None = None, switch: str = "require") -> dict[str, str]:

@@ -59,6 +59,7 @@ _WHOLE = (
 )
 
 
+@terminable()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status (most sub-commands of tools do not return)."""
     parser = _parser()
@@ -71,9 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed.words = list(sys.argv[1:] if arguments is None else arguments)
     action: Callable[[argparse.Namespace], int] = parsed.action
     try:
-        with terminable():
-            check_paths(parsed)
-            return action(parsed)
+        check_paths(parsed)
+        return action(parsed)
     except BrokenPipeError:
         raise  # see scripts/commands.py
     except (KimiError, OSError) as error:

@@ -88,6 +88,7 @@ exit status: 0 all gates passed; 1 a gate failed; 2 bad input; 130 interrupted.
 """
 
 
+@terminable()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -97,17 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _card(words[1:])
     options = _parser().parse_args(words)
     try:
-        with terminable():
-            check_paths(options)
-            _load_packages()
-            from kimi_gguf.validate.pipeline import validate
+        check_paths(options)
+        _load_packages()
+        from kimi_gguf.validate.pipeline import validate
 
-            request = _request(options, options.gguf, options.against)
-            check_place(options.out)
-            engine, upstream = _engines(options)
-            with reporting() as reporter:
-                report = validate(request, engine, upstream, reporter)
-            html = write(report, options.out)
+        request = _request(options, options.gguf, options.against)
+        check_place(options.out)
+        engine, upstream = _engines(options)
+        with reporting() as reporter:
+            report = validate(request, engine, upstream, reporter)
+        html = write(report, options.out)
     except BrokenPipeError:
         raise  # see scripts/commands.py
     except (KimiError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -196,6 +197,22 @@ def test_numbers_that_llama_cpp_cannot_hold_give_status_2(
         main([str(gguf), "--checkpoint", str(checkpoint), *words.split()])
     assert caught.value.code == 2
     assert words.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "left"), [("", "no report was written"), ("card ", "finished reports are kept")]
+)
+def test_sigterm_ends_it_like_ctrl_c(
+    command: str,
+    left: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A build of llama.cpp that it has started then ends, too."""
+    monkeypatch.setattr("kimi_gguf.validate.cli._load_packages", lambda: signal.raise_signal(signal.SIGTERM))
+    assert main([*command.split(), str(tmp_path), "--checkpoint", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.startswith(f"validate-kimi: interrupted; {left}")
 
 
 def test_a_folder_that_cannot_be_written_is_reported_first(
