@@ -134,13 +134,13 @@ class Simulation:
 def simulated(graphs: Sequence[Sequence[Phase]], decodes: int, nbytes: float) -> Simulation:
     """A decode that reads nbytes, on as many cores as there were threads: of each phase the median of all decodes."""
     each = len(graphs) // decodes
-    phases, barriers = 0.0, 0.0
+    computing, waiting = 0.0, 0.0
     for number in range(each):
         same = graphs[number::each]
         spans = zip(*([phase.span for phase in phases] for phases in same), strict=True)
-        phases += sum(map(median, spans))
-        barriers += len(same[0]) * BARRIER * _cores(same[0])
-    return Simulation(phases, nbytes / BANDWIDTH, barriers)
+        computing += sum(map(median, spans))
+        waiting += len(same[0]) * BARRIER * _cores(same[0])
+    return Simulation(computing, nbytes / BANDWIDTH, waiting)
 
 
 def _cores(phases: Sequence[Phase]) -> int:

@@ -163,17 +163,9 @@ def write(pin: Pin, tree: Tree, conflicts: bool, pin_file: Path) -> None:
 def download(package: str, version: str, folder: Path) -> Path:
     """The source archive of a version, downloaded by pip unless it is in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += [
+        "--no-deps",
         "--no-binary",
         package,
         "--no-build-isolation",

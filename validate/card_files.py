@@ -76,7 +76,7 @@ def check_unchanged(folder: Path, found: Mapping[str, str]) -> None:
 
 
 def check_card_place(folder: Path, models: Sequence[Path], overwrite: bool, checkpoint: Path) -> None:
-    """Raise `ValidateError` if the card or a report cannot be written; nothing is made."""
+    """Raise `ValidateError` if the card or a report cannot be written; nothing is left there."""
     card = folder / CARD
     if folder.resolve() == checkpoint.resolve():
         raise ValidateError(

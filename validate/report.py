@@ -174,9 +174,7 @@ def check_place(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=nearest):
             pass
     except OSError as error:
-        raise ValidateError(
-            f"{folder}: the report cannot be written there: {error.strerror}; choose another folder with --out"
-        ) from None
+        raise ValidateError(f"{folder}: the report cannot be written there: {error.strerror}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ JSON
