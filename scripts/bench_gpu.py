@@ -226,8 +226,9 @@ class Campaign:
         assert engine is not None, "run() has checked it"
         operator, part = stage.words[2], output.with_suffix(".part")
         program = str(engine.bin / "test-backend-ops")
+        long = {} if self.place.rehearse else {"KIMI_LONG_CASES": "1"}
         try:
-            call([program, *stage.words], limit, stage.name, part, GGML_NO_BACKTRACE="1")
+            call([program, *stage.words], limit, stage.name, part, GGML_NO_BACKTRACE="1", **long)
         except UnfinishedError:
             raise
         except EngineError as error:

@@ -92,6 +92,7 @@ KERNELS = (
         )
     ),
     Kernel("join", _LATENT + "latent-attend.cu", "join_pieces", LOOP),
+    Kernel("add run", _LATENT + "latent-runs.cu", "add_run", LOOP),
     *(
         Kernel(f"collect {name}", _LATENT + "latent-collect.cu", f"collect_tileILNS_10cache_typeE{form}E",
                WHOLE, _MASKS)
@@ -203,7 +204,15 @@ CONSTANTS = {
         for what in ("rows", "keys")
         for device, sums in (("data centre", "true"), ("GeForce", "false"))
     }
-    | {"largest copy": "MAX_COPY"},
+    | {"largest copy": "MAX_COPY", "direct rows": "MOST_DIRECT"},
+    _LATENT + "latent-runs.cu": {
+        "run keys, data centre": "latent_cuda::DATA_CENTRE_RUNS.keys",
+        "run keys, GeForce": "latent_cuda::GEFORCE_RUNS.keys",
+        "group rows": "latent_cuda::GEFORCE_RUNS.rows",
+        "group unit": "latent_cuda::GROUP_UNIT",
+        "unit of a run": "latent_cuda::KEYS_UNIT",
+        "add threads": "latent_cuda::ADD_THREADS",
+    },
     _MATMUL + "matvec.cu": {
         "multiply warps": "matvec_cuda::WARPS",
         "multiply rows": "matvec_cuda::ROWS",

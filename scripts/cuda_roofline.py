@@ -35,6 +35,7 @@ from kimi_gguf.scripts.gpu_model import (
     ROW_BYTES,
     TOKENS,
     Model,
+    absorbed,
     attend,
     decompressed,
     gated_delta_net,
@@ -57,8 +58,8 @@ RECORDS = [ROOT / "docs" / "bench-records" / "nvidia-h200.json"]
 KEYS = (4096, 16384, 65536, 131072, 524288)
 QUERIES = (1, 2, 4, 8)
 CACHES = ("f16", "q8_0")  # of the tables; others are compared, too
-# The largest number of queries that LATENT_ATTN leaves to the absorbed form, if the cache is quantized and too long to
-# be copied. Every number up to it is compared; the tables have only those in QUERIES.
+# The largest number of queries that LATENT_ATTN leaves to the absorbed form over long caches. Every number up to 256 is
+# compared, and every 31st of the others; the tables have only those in QUERIES.
 MOST_QUERIES = {
     family: threshold(CODES, family == "data centre", len(ROWS) - 1) - 1
     for family in ("data centre", "GeForce")
@@ -231,12 +232,12 @@ def least_gain(model: Model, spares: bool, many: bool = False) -> float:
     spares: where it spares a large copy. many: for more queries than the tables have.
     """
     few = max(QUERIES) + 1
+    most = [*range(few, 256), *range(256, max(MOST_QUERIES.values()) + 1, 31)]
     return min(
-        upstream_attention(model, gpu, kind, queries, keys)
-        / model.total(attend(model, gpu, kind, queries, keys), gpu)
+        upstream_attention(model, gpu, kind, queries, keys) / absorbed(model, gpu, kind, queries, keys)
         for gpu in filter(model.knows, GPUS)
         for kind in ROW_BYTES
-        for queries in (range(few, MOST_QUERIES[gpu.family] + 1) if many else range(1, few))
+        for queries in (filter(MOST_QUERIES[gpu.family].__ge__, most) if many else range(1, few))
         for keys in (*KEYS, model.constants[f"{kind} keys, {gpu.family}"])
         if ours_by_default(model, gpu, kind, queries, keys) and spares_copy(model, kind, keys) == spares
     )
@@ -354,10 +355,10 @@ block can have 160 KiB of shared memory, and from 40 elsewhere: one threshold fo
 Each cell: ours, upstream's, and upstream's / ours. **Bold** is what runs by default; `limit_of` in `latent-ggml.cu`
 decides. Upstream converts a Q8_0 cache to F16 before each call.
 Up to {copied} keys, wherever our kernel is the default, upstream's kernel takes at least {gain:.2f} × as long.
-For longer Q8_0 caches ours is the default for any number of queries, because upstream's F16 copy would take more than
-{largest} MiB. There upstream's kernel takes at least {spared:.2f} × as long with up to {most_queries} queries, and
-at least {many:.2f} × with more, up to the largest number that LATENT_ATTN leaves to it ({data_centre},
-GeForce: {geforce}).
+For longer Q8_0 caches, upstream's F16 copy would take more than {largest} MiB. There ours is the default for up to
+{direct} pairs of query and head: upstream's takes at least {spared:.2f} × as long with up to {most_queries} queries.
+With more pairs, upstream's kernel runs over [runs of keys](../ggml_ops/latent_attention/README.md#in-runs-of-keys).
+With up to {data_centre} queries (GeForce: {geforce}), upstream takes at least {many:.2f} × as long as these or ours.
 {attention}
 ## Latent attention, decompressed: {heads} heads
 
@@ -407,6 +408,7 @@ def page(counts: Data, measured: Measured) -> str:
         least_default=least_default, most_default=most_default, switch=markdown(switch_table(model, measured)),
         matvec=markdown(matvec_table(model)), decompressed=markdown(decompressed_table(model, exact=False)),
         copied=largest // ROW_BYTES["f16"], largest=largest >> 20, gain=least_gain(model, spares=False),
+        direct=model.constants["direct rows"],
         spared=least_gain(model, spares=True), most_queries=max(QUERIES),
         many=least_gain(model, spares=True, many=True),
         data_centre=MOST_QUERIES["data centre"], geforce=MOST_QUERIES["GeForce"],

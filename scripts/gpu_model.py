@@ -402,11 +402,8 @@ def flash_attention(
         partial = 4 * LATENT * 16 * columns * blocks if split else 0
         turns = tiles * outputs / blocks
         main = Launch(kernel, blocks, warps, max(turns - 1, 0), read + partial, shared, rest=2)
-        joined = model.kernels["upstream join"][str(gpu.architecture)]["main"]
-        of_turn = max(
-            sum(each.get("quarter", 0) for each in joined) // 2, 1
-        )  # two exponentials for each partial
-        join = Launch("upstream join", heads * queries, 16, blocks / outputs / of_turn, partial)
+        turns = blocks / outputs / results_in_a_turn(model, gpu, "upstream join")
+        join = Launch("upstream join", heads * queries, 16, turns, partial)
         return [main] + ([join] if split else [])
 
     return launches
@@ -432,6 +429,54 @@ def upstream_attention(
     return conversion(kind, keys, gpu) + model.total(
         flash_attention(kind, queries, keys, heads)(model, gpu), gpu
     )
+
+
+def attention_in_runs(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> float:
+    """Seconds of upstream's attention in runs of keys, with their conversion: `attend_in_runs` in latent-runs.cu."""
+    c = model.constants
+    most = c["group rows"] // HEADS // c["group unit"] * c["group unit"]
+    runs = equal_parts(keys, c[f"run keys, {gpu.family}"], c["unit of a run"])
+    return sum(conversion(kind, run, gpu) for run in runs) + sum(
+        model.total(run_of_keys(model, gpu, kind, group, run), gpu)
+        for run in runs
+        for group in equal_parts(queries, most, c["group unit"])
+    )
+
+
+def equal_parts(whole: int, most: int, unit: int) -> list[int]:
+    """Parts of about equal size; all but the last are multiples of the unit."""
+    size = ceil(ceil(whole / ceil(whole / most)) / unit) * unit
+    return [min(size, whole - first) for first in range(0, whole, size)]
+
+
+def run_of_keys(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> list[Launch]:
+    """Upstream's kernel for a group of queries over a run of keys, and the kernel that adds its results."""
+    columns = 4  # queries of an output tile
+    outputs, rows = ceil(queries / columns) * HEADS // 16, queries * HEADS
+    blocks = ((outputs + outputs // 4) // gpu.multiprocessors + 1) * gpu.multiprocessors
+    partial = 4 * LATENT * (16 * columns * blocks + rows)
+    whole, *_ = flash_attention(kind, queries, keys)(model, gpu)
+    read = min(ROW_BYTES["f16"] * keys, in_memory(kind, keys, gpu))
+    turns = ceil(keys / 32) * outputs / blocks
+    joined = (blocks / outputs + 1) / results_in_a_turn(model, gpu, "add run")
+    warps = model.constants["add threads"] // 32
+    return [
+        replace(whole, blocks=blocks, turns=max(turns - 1, 0), bytes=read + partial),
+        Launch("add run", rows, warps, joined, partial + 2 * 4 * LATENT * rows),
+    ]
+
+
+def results_in_a_turn(model: Model, gpu: Gpu, kernel: str) -> int:
+    """Partial results that a turn of a kernel's loop joins: it computes two exponentials for each."""
+    loop = model.kernels[kernel][str(gpu.architecture)]["main"]
+    return max(sum(int(each.get("quarter", 0)) for each in loop) // 2, 1)
+
+
+def absorbed(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> float:
+    """Seconds of our absorbed attention over a cache that is not copied as a whole: `way_of` in latent-ggml.cu."""
+    if queries * HEADS > model.constants["direct rows"] and spares_copy(model, kind, keys):
+        return attention_in_runs(model, gpu, kind, queries, keys)
+    return model.total(attend(model, gpu, kind, queries, keys), gpu)
 
 
 def multiply(model: Model, gpu: Gpu, kind: str, columns: int, rows: int) -> Launch:

@@ -83,16 +83,11 @@ EXACT = Mode("F16, BF16 with `exact`", 1, 2, 2, 2, 1, 2)
 HALVES = Mode("F16, BF16", 1, 1, 1, 1, 1, 1)
 CODES = Mode("Q8_0, Q4_0", 1, 1, 1, 1, 1, 1)
 MODES = (F32, EXACT, HALVES, CODES)
-# Maximum number of keys. Longer caches of CODES are never copied to F16 (MAX_COPY in latent-ggml.cu).
-COPIED = 116508
-ROWS = (512, 2048, COPIED, None)
+ROWS = (512, 2048, None)  # maximum number of keys
 # The model of the compiled kernels (docs/gpu-roofline.md) finds larger numbers of queries for these, by mode and class.
 # Neither is exact, so the larger number is used. The model overestimates LATENT_ATTN's speed up to 1.6 times (512
 # queries on an H200). Nothing was measured on a GeForce, so there it is used where the model says 1.6 or more.
 COMPILED = {(EXACT, True): 496, (HALVES, False): 2048, (CODES, False): 2048}
-# The same where the only other choice is our absorbed kernel, which is then slower than upstream's.
-COMPILED_NO_COPY = {(CODES, True): 192, (CODES, False): 352}
-
 
 # The model is of 32 heads. A block computes 128 queries of one head, so fewer heads fill a device with more queries;
 # 2048 are enough for 16 heads. No published model of these architectures has fewer.
@@ -150,14 +145,11 @@ def threshold(mode: Mode, data_centre: bool, row: int) -> int:
     """
     first = ROWS[row - 1] or 0 if row else 0
     last = ROWS[row] or 1 << 17
-    if mode is not CODES and last >= COPIED:
-        first, last = 2048, 1 << 17
     devices = [each for each in DEVICES if each.data_centre == data_centre]
     most = max(
         min(break_even(mode, device, n), n + 1) for device in devices for n in range(first + 16, last + 1, 16)
     )
-    larger = COMPILED_NO_COPY if mode is CODES and last > COPIED else COMPILED
-    most = max(most, larger.get((mode, data_centre), 0))
+    most = max(most, COMPILED.get((mode, data_centre), 0))
     return min(16 * math.ceil(most / 16), NEVER)
 
 

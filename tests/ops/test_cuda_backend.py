@@ -57,13 +57,13 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ggml = patched_ggml()
     upstream = ggml / "src" / "ggml-cuda"
     include, system = [KDA_FOLDER, LATENT], [ggml / "include", ggml / "src", upstream]
-    glue = LATENT / "latent-ggml.cu"
+    glue = [LATENT / "latent-ggml.cu", LATENT / "latent-runs.cu"]
     objects = []
     for name, sources, chosen in (
-        ("kda", [*sorted(KDA_FOLDER.glob("*.cu")), glue, MATVEC, NATIVE.parent / "second_backend.cpp"], []),
+        ("kda", [*sorted(KDA_FOLDER.glob("*.cu")), *glue, MATVEC, NATIVE.parent / "second_backend.cpp"], []),
         (
             "latent",
-            sorted({*LATENT.glob("*.cu")} - {glue}),
+            sorted({*LATENT.glob("*.cu")} - {*glue}),
             GEFORCE,
         ),  # test_cuda_latent.py has the same objects
     ):

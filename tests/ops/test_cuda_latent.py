@@ -18,8 +18,8 @@ from kimi_gguf.engine.builds import Engine
 pytestmark = pytest.mark.engine
 
 FOLDER = OPERATORS / "latent_attention" / "cuda"
-GLUE = FOLDER / "latent-ggml.cu"
-KERNELS = [path for path in sorted(FOLDER.glob("*.cu")) if path != GLUE]
+GLUE = [FOLDER / "latent-ggml.cu", FOLDER / "latent-runs.cu"]  # they need ggml-cuda's headers
+KERNELS = [path for path in sorted(FOLDER.glob("*.cu")) if path not in GLUE]
 SOURCES = [*KERNELS, NATIVE / "latent-cuda-test.cpp"]
 INCLUDE = [FOLDER.parent, FOLDER]
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
@@ -78,7 +78,7 @@ def glue(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels are those of `program`. With GEFORCE ggml's headers would include CUDA 13's: its side has none."""
     return compile_with_ggml(
         engine,
-        [GLUE, NATIVE / "latent-glue-test.cu"],
+        [*GLUE, NATIVE / "latent-glue-test.cu"],
         tmp_path_factory.mktemp("glue") / "glue",
         include=INCLUDE,
         others=(KERNELS, GEFORCE),
@@ -94,3 +94,13 @@ def test_which_nodes_of_ggml_are_taken(glue: Path) -> None:
 @pytest.mark.parametrize("capability", some_of(("900", "1200"), "1200"))
 def test_which_devices_add_in_halves(capability: str, glue: Path) -> None:
     assert run_program(glue, capability).stdout == "all as it should be\n"
+
+
+@pytest.mark.parametrize("cases", ["53", pytest.param("7", marks=pytest.mark.full)])
+def test_upstreams_kernel_in_runs_of_keys(cases: str, engine: Engine, tmp_path: Path) -> None:
+    """Upstream's own kernel and launches; its errors over the whole cache are printed, too."""
+    sources = [FOLDER / "latent-runs.cu", NATIVE / "latent-runs-test.cu"]
+    program = compile_with_ggml(
+        engine, sources, tmp_path / "runs", include=INCLUDE, options=[*AMPERE, "-O1", "-w"]
+    )
+    assert run_program(program, cases).stdout.endswith("all as it should be\n")

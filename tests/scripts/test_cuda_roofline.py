@@ -26,6 +26,7 @@ from kimi_gguf.scripts.cuda_roofline import (
     fresh_counts,
     gain_of_decompressed,
     least_decompressed,
+    least_gain,
     main,
     measured_times,
     most_uneven,
@@ -38,13 +39,14 @@ from kimi_gguf.scripts.gpu_model import (
     BLOCK_BYTES,
     FILL,
     LAUNCH,
-    ROW_BYTES,
     Forward,
     Launch,
     Model,
     attend,
+    attention_in_runs,
     conversion,
     decompressed,
+    equal_parts,
     flash_attention,
     kda_floor,
     kda_forward,
@@ -53,12 +55,11 @@ from kimi_gguf.scripts.gpu_model import (
     multiply,
     ours_by_default,
     run_lengths,
+    run_of_keys,
     steps_or_chunks,
-    upstream_absorbed,
     upstream_attention,
     upstream_multiply,
 )
-from kimi_gguf.scripts.latent_counts import CODES, COPIED, ROWS, threshold
 
 AGAIN = "run: .venv/bin/python -m kimi_gguf.scripts.cuda_roofline"
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
@@ -218,6 +219,27 @@ def test_attention_reads_each_key_once_and_covers_all_tiles() -> None:
     assert theirs.blocks * (theirs.turns + 1) == pytest.approx(65536 / 32 * 4), (
         "two groups of heads by two of queries"
     )
+
+
+def test_runs_of_keys_compute_each_tile_with_each_step_once() -> None:
+    """More blocks than output tiles; the work is upstream's, so the time is near that of a copy of the whole cache."""
+    assert equal_parts(116736, 58112, 256) == [38912] * 3
+    assert equal_parts(300, 256, 16) == [160, 140]
+    model = stored_model()
+    for gpu in filter(model.knows, GPUS):
+        for queries in (11, 64, 200):
+            main, add = run_of_keys(model, gpu, "q8_0", queries, 38912)
+            tiles = -(-queries // 4) * 2
+            assert main.blocks % gpu.multiprocessors == 0 and 1.25 * tiles <= main.blocks
+            assert main.blocks * (main.turns + 1) == pytest.approx(tiles * 38912 / 32)
+            assert add.blocks == 32 * queries
+            whole = upstream_attention(model, gpu, "q8_0", queries, 116736)
+            assert 0.7 < attention_in_runs(model, gpu, "q8_0", queries, 116736) / whole < 1.1
+
+
+def test_long_quantized_caches_lose_little_to_a_copy_of_everything() -> None:
+    model = stored_model()
+    assert least_gain(model, spares=True) > 1.0 > least_gain(model, spares=True, many=True) > 0.95
 
 
 def test_splits_are_as_many_as_fit_the_device_or_fewer() -> None:
@@ -398,34 +420,6 @@ def test_latent_attn_is_hardly_slower_than_upstream_where_it_is_the_default(
     )
 
 
-def test_long_quantized_caches_are_decompressed_from_the_number_of_queries_that_is_faster() -> None:
-    """There the absorbed kernel is ours, as upstream's would need a copy."""
-    model = stored_model()
-    assert model.constants["largest copy"] // ROW_BYTES["f16"] == COPIED
-    for family in ("data centre", "GeForce"):
-        first = threshold(CODES, family == "data centre", len(ROWS) - 1)
-        gains = {
-            queries: [
-                gain_over_our_absorbed(model, gpu, queries, keys)
-                for gpu in GPUS
-                if gpu.family == family
-                for keys in (COPIED + 1, 131072, 524288)
-            ]
-            for queries in range(first - 16, 513)
-        }
-        assert min(min(gains[queries]) for queries in range(first, 513)) >= 1
-        assert min(gains[first - 16]) < 1, "a smaller number would do"
-
-
-def gain_over_our_absorbed(model: Model, gpu: Gpu, queries: int, keys: int) -> float:
-    """Time of our absorbed kernel, with the matmuls by k_b and v_b / that of LATENT_ATTN, Q8_0."""
-    matmuls = upstream_absorbed(model, gpu, "q8_0", queries, keys) - upstream_attention(
-        model, gpu, "q8_0", queries, keys
-    )
-    ours = model.total(attend(model, gpu, "q8_0", queries, keys), gpu)
-    return (ours + matmuls) / model.total(decompressed(model, "q8_0", queries, keys), gpu)
-
-
 def test_the_h200_is_faster_with_latent_attn_from_the_measured_number_of_queries_on() -> None:
     """The model says 0.9 there; a whole model with 192 tokens was faster (docs/measure-on-gpu.md)."""
     assert least_decompressed(named("H200"), 4096) == 176
@@ -500,6 +494,10 @@ def test_the_defaults_are_those_of_the_code() -> None:
     assert found["f16 rows, GeForce"] == found["f16 keys, GeForce"] == 0
     (mebibytes,) = re.findall(r"MAX_COPY = (\d+) << 20;", text)
     assert found["largest copy"] == int(mebibytes) << 20
+    assert f"MOST_DIRECT = {found['direct rows']};" in text
+    limits = (cuda_counts.OPERATORS / "latent_attention" / "cuda" / "latent-runs.cuh").read_text()
+    for device, name in (("data centre", "DATA_CENTRE_RUNS "), ("GeForce", "GEFORCE_RUNS     ")):
+        assert f"{name}= {{ {found[f'run keys, {device}']}, {found['group rows']} }};" in limits
 
 
 def test_kda_has_the_times_of_its_aims() -> None:

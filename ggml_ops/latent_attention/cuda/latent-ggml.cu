@@ -6,6 +6,8 @@
 
 #include "latent-ggml.cuh"
 
+#include "fattn-common.cuh"
+
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
 
 bool ggml_cuda_latent_attention(ggml_backend_cuda_context &, ggml_tensor *) {
@@ -24,6 +26,10 @@ size_t ggml_cuda_latent_attention_size(int, const ggml_tensor *) {
     return 0;
 }
 
+bool ggml_cuda_latent_in_runs(ggml_backend_cuda_context &, ggml_tensor *, fattn_kernel_t, dim3, size_t, int, int, int) {
+    return false;
+}
+
 size_t ggml_cuda_latent_attn_size(const ggml_tensor * dst) {
     return ggml_nbytes(dst);
 }
@@ -35,9 +41,11 @@ bool ggml_cuda_latent_fast_sums(int) {
 #else
 
 #include "convert.cuh"
+#include "fattn.cuh"
 #include "kimi-device.cuh"
 #include "kimi-workspace.cuh"
 #include "latent-node.cuh"
+#include "latent-runs.cuh"
 
 #include <algorithm>
 #include <atomic>
@@ -68,12 +76,20 @@ static constexpr limit limit_of(latent_cuda::cache_type type, bool fast_sums) {
     }
 }
 
-// Upstream reserves memory for its F16 copy of a cache. A quantized cache whose copy would be larger than this is always
-// read directly: from 116509 keys on.
+// Upstream reserves memory for its F16 copy of a cache. A quantized cache whose copy would be larger than this is not
+// copied as a whole: from 116509 keys on.
 constexpr int64_t MAX_COPY = 128 << 20;
 constexpr int64_t F16_ROW  = latent_cuda::N_CACHE * sizeof(half);
 
-// The largest number of rows of the cache, of all streams, with which upstream's kernels compute a node of these sizes.
+// With more rows than this, upstream's kernel is faster than ours over such a cache, although each run of keys becomes F16
+// before: if its blocks have 64 rows.
+constexpr int64_t MOST_DIRECT = 320;
+
+static bool has_wide_blocks(const latent_cuda::attention & args) {
+    return args.n_queries > (args.n_heads % 16 == 0 ? 2 : 8);  // as fattn.cu chooses
+}
+
+// The largest number of rows of the cache, of all streams, with which upstream copies them all for a node of these sizes.
 static int64_t rows_of_upstream(const latent_cuda::attention & args, bool exact, bool fast_sums) {
     const bool    quantized = args.type == latent_cuda::cache_type::q8_0 || args.type == latent_cuda::cache_type::q4_0;
     const int64_t n_copied  = quantized ? MAX_COPY / F16_ROW : INT64_MAX;
@@ -94,6 +110,10 @@ bool ggml_cuda_latent_fast_sums(int device) {
     return kimi_cuda::is_data_centre(ggml_cuda_info().devices[device].cc);
 }
 
+static latent_cuda::run_limits limits_of(int device) {
+    return ggml_cuda_latent_fast_sums(device) ? latent_cuda::DATA_CENTRE_RUNS : latent_cuda::GEFORCE_RUNS;
+}
+
 // Logs each reason once.
 static void log_refusal(const char * reason) {
     static std::atomic<const char *> last(nullptr);
@@ -102,43 +122,75 @@ static void log_refusal(const char * reason) {
     }
 }
 
-// Whether the kernels compute the FLASH_ATTN_EXT node. The answer is the same before and after allocation. n_upstream:
-// rows_of_upstream.
-static bool takes(int device, const ggml_tensor * dst, latent_cuda::attention & args, int64_t & n_upstream) {
+// How a FLASH_ATTN_EXT node is computed: by upstream's code alone, by our kernels, which read the cache directly, or by
+// upstream's kernel in runs of keys.
+enum class way { UPSTREAM, DIRECT, RUNS };
+
+// The answer is the same before and after allocation. n_upstream: rows_of_upstream.
+static way way_of(int device, const ggml_tensor * dst, latent_cuda::attention & args, int64_t & n_upstream) {
     if (!has_kernels(device) || latent_cuda::misfit(dst)) {
-        return false;
+        return way::UPSTREAM;
     }
     if (const char * reason = latent_cuda::read_node(dst, args)) {
         log_refusal(reason);
-        return false;
+        return way::UPSTREAM;
     }
     const bool exact       = ggml_op_has_mark(dst, GGML_OP_MARK_EXACT);
     args.n_multiprocessors = ggml_cuda_info().devices[device].nsm;
     args.half_sums         = !exact && !ggml_cuda_latent_fast_sums(device);
     n_upstream             = rows_of_upstream(args, exact, ggml_cuda_latent_fast_sums(device));
-    return (int64_t) args.n_streams * args.n_keys > n_upstream;
+    if ((int64_t) args.n_streams * args.n_keys <= n_upstream) {
+        return way::UPSTREAM;
+    }
+    const bool is_many = (int64_t) args.n_queries * args.n_heads > MOST_DIRECT && has_wide_blocks(args);
+    return is_many && !exact && ggml_cuda_flash_attn_ext_supported(device, dst) ? way::RUNS : way::DIRECT;
 }
 
 size_t ggml_cuda_latent_attention_size(int device, const ggml_tensor * dst) {
     latent_cuda::attention args;
     int64_t                n_upstream = 0;
-    if (!takes(device, dst, args, n_upstream)) {
+    const way              way        = way_of(device, dst, args, n_upstream);
+    if (way == way::UPSTREAM) {
         return 0;
     }
     // llama.cpp reserves memory with a node that reads the whole cache. While fewer keys are in use, upstream's kernel
     // computes the node and copies up to so many rows. The size is not smaller than that, so the buffer does not grow.
     const size_t copy = args.type == latent_cuda::cache_type::f16 ? 0 : n_upstream * F16_ROW;
-    return kimi_cuda::after_result(dst) + std::max(latent_cuda::workspace(args), copy);
+    const size_t work = way == way::RUNS ? latent_cuda::runs_workspace(dst, args.n_multiprocessors, limits_of(device))
+                                         : latent_cuda::workspace(args);
+    return kimi_cuda::after_result(dst) + std::max(work, copy);
+}
+
+static char * work_of(ggml_tensor * dst) {
+    return static_cast<char *>(dst->data) + kimi_cuda::after_result(dst);
+}
+
+bool ggml_cuda_latent_in_runs(ggml_backend_cuda_context & ctx,
+                              ggml_tensor *               dst,
+                              fattn_kernel_t              kernel,
+                              dim3                        block,
+                              size_t                      shared,
+                              int                         step_keys,
+                              int                         tile_queries,
+                              int                         tile_heads) {
+    latent_cuda::attention args;
+    int64_t                n_upstream = 0;
+    if (way_of(ctx.device, dst, args, n_upstream) != way::RUNS) {
+        return false;
+    }
+    latent_cuda::attend_in_runs(ctx, dst, { kernel, block, shared, step_keys, tile_queries, tile_heads }, work_of(dst),
+                                limits_of(ctx.device));
+    return true;
 }
 
 bool ggml_cuda_latent_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     latent_cuda::attention args;
     int64_t                n_upstream = 0;
-    if (!takes(ctx.device, dst, args, n_upstream)) {
+    if (way_of(ctx.device, dst, args, n_upstream) != way::DIRECT) {
         return false;
     }
     GGML_ASSERT(latent_cuda::refused(args) == nullptr);
-    latent_cuda::attend(args, static_cast<char *>(dst->data) + kimi_cuda::after_result(dst), ctx.stream());
+    latent_cuda::attend(args, work_of(dst), ctx.stream());
     CUDA_CHECK(cudaGetLastError());
     return true;
 }
@@ -181,7 +233,7 @@ void ggml_cuda_op_latent_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst
     latent_cuda::decompressed args;
     GGML_ASSERT(latent_cuda::read_decompressed(dst, args) == nullptr);
 
-    char * const k_b  = static_cast<char *>(dst->data) + kimi_cuda::after_result(dst);
+    char * const k_b  = work_of(dst);
     char * const v_b  = k_b + floats_size(dst->src[2]);
     char * const work = v_b + floats_size(dst->src[3]);
     args.k_b          = as_floats(dst->src[2], k_b, ctx.stream());

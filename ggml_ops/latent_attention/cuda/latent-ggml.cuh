@@ -8,7 +8,7 @@
 // Absorbed: computes the FLASH_ATTN_EXT node if the kernels support it and are faster. false: nothing was done.
 bool ggml_cuda_latent_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// Bytes at dst->data, or 0 if this function would return false: what it needs, or upstream's kernel for a node that
+// Bytes at dst->data, or 0 if upstream's code alone computes the node: what it needs, or upstream's kernel for a node that
 // differs only in having fewer keys, if that is more.
 size_t ggml_cuda_latent_attention_size(int device, const ggml_tensor * dst);
 

@@ -51,8 +51,7 @@ struct CudaThreshold {
 static constexpr CudaThreshold CUDA[] = {
     { 512, { 528, 496, 320, 320 }, { 528, 528, 2048, 2048 } },
     { 2048, { 624, 496, 256, 256 }, { 2064, 2064, 2048, 2048 } },
-    { 116508, { 528, 496, 176, 176 }, { 131088, 4080, 2048, 2048 } },
-    { INT64_MAX, { 528, 496, 176, 192 }, { 131088, 4080, 2048, 352 } },
+    { INT64_MAX, { 528, 496, 176, 176 }, { 131088, 4080, 2048, 2048 } },
 };
 
 // A block computes 128 queries of one head. Fewer heads than those of the count fill a device with more queries. No
@@ -122,16 +121,13 @@ static Enough look_up(const T (&table)[N], int64_t n_keys, const F & queries) {
     return enough;
 }
 
-// cache: what a node reads, of all sequences; n_keys: those of its sequence.
+// n_keys: those of a sequence.
 static Enough min_queries(const ggml_tensor * cache, int64_t n_keys, int64_t n_head, bool exact) {
     if (!llama_latent_attn_on_cuda(cache)) {
         return look_up(CPU, n_keys, [&](const Threshold & row) { return min_queries_on_cpu(cache->type, row); });
     }
-    // The last row is that of quantized caches which are not copied to F16, which depends on the node's keys.
-    constexpr int64_t MAX_COPIED = CUDA[std::size(CUDA) - 2].n_keys;
-    const bool        copied     = !ggml_is_quantized(cache->type) || cache->ne[1] * cache->ne[3] <= MAX_COPIED;
-    const bool        fast_sums  = llama_latent_attn_fast_sums(cache);
-    return look_up(CUDA, copied ? n_keys : INT64_MAX, [&](const CudaThreshold & row) {
+    const bool fast_sums = llama_latent_attn_fast_sums(cache);
+    return look_up(CUDA, n_keys, [&](const CudaThreshold & row) {
         return with_heads(min_queries_on_cuda(cache->type, row, exact, fast_sums), n_head);
     });
 }

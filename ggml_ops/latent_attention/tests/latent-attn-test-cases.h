@@ -154,6 +154,13 @@ static void add_latent_eval_cases(std::vector<std::unique_ptr<test_case>> & case
         cases.emplace_back(new test_latent_absorbed(320, 256, 5, 3, 127, 7, true, type, true, { 0, 2, 1, 3 }));
         cases.emplace_back(new test_latent_absorbed(576, 512, 16, 1, 300, 40, false, type, true));
     }
+    if (getenv("KIMI_LONG_CASES") != nullptr) {  // on CUDA in runs of keys; an emulator would take hours
+        for (ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            for (int64_t n_queries : { 11, 300 }) {
+                cases.emplace_back(new test_latent_absorbed(576, 512, 32, 1, 117248, n_queries, true, type));
+            }
+        }
+    }
     for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
         for (int64_t n_keys : { 1, 64, 129 }) {
             for (int64_t n_queries : { 1, 63, 65 }) {
@@ -181,6 +188,9 @@ static void add_latent_perf_cases(std::vector<std::unique_ptr<test_case>> & case
         for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q4_0 }) {
             cases.emplace_back(new test_latent_absorbed(576, 512, 32, 1, 16384, 1, true, type, exact));
         }
+    }
+    for (int64_t n_queries : { 9, 11, 16, 64, 128 }) {
+        cases.emplace_back(new test_latent_absorbed(576, 512, 32, 1, 131072, n_queries, true, GGML_TYPE_Q8_0));
     }
     for (int64_t n_keys : { 512, 4096, 16384 }) {
         for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {

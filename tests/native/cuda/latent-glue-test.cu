@@ -2,10 +2,17 @@
 // (latent-ggml.cu), that other nodes are not touched, and that the results are correct.
 
 #include "../latent-attn-case.h"
+#include "fattn-common.cuh"
+#include "fattn.cuh"
 #include "ggml-cuda-standin.cuh"
 #include "latent-ggml.cuh"
 #include "on-device.cuh"
 #include "to-floats.cuh"
+
+// As fattn.cu: the kernel for this shape of head reads the mask, and whole groups of 256 keys.
+bool ggml_cuda_flash_attn_ext_supported(int, const ggml_tensor * dst) {
+    return dst->src[3] != nullptr && dst->src[1]->ne[1] % FATTN_KQ_STRIDE == 0;
+}
 
 static constexpr float UNTOUCHED  = 12345.0f;
 static double          last_error = 0.0;  // NMSE of the last absorbed node that was computed
@@ -198,6 +205,131 @@ static void test_memory_of_fewer_keys() {
     CHECK(size_of(with_cache(bf16, GGML_TYPE_F16)) < result(bf16) + 1024 * ROW);
 }
 
+// A launch of upstream's kernel.
+struct Noted {
+    const char * q;
+    const char * mask;
+    int          n_queries;
+    int          n_keys;
+};
+
+static std::vector<Noted> noted;
+
+static __global__ void note(const char * q,
+                            const char *,
+                            const char *,
+                            const char * mask,
+                            const char *,
+                            const int *,
+                            float *,
+                            float2 *,
+                            const float,
+                            const float,
+                            const float,
+                            const float,
+                            const uint32_t,
+                            const float,
+                            const int32_t,
+                            const uint3 n_queries,
+                            const int32_t,
+                            const int32_t,
+                            const int32_t,
+                            const int32_t,
+                            const int32_t,
+                            const int32_t,
+                            const int32_t n_keys,
+                            const int32_t,
+                            const int32_t,
+                            const int32_t,
+                            const int32_t,
+                            const int64_t,
+                            const int32_t,
+                            const int32_t,
+                            const int64_t,
+                            const int32_t,
+                            const int32_t,
+                            const int32_t,
+                            const int32_t,
+                            const int32_t,
+                            const int64_t) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        noted.push_back({ q, mask, static_cast<int>(n_queries.z), n_keys });
+    }
+}
+
+static bool in_runs(ggml_tensor * node) {
+    ggml_backend_cuda_context cuda(0);
+    noted.clear();
+    return ggml_cuda_latent_in_runs(cuda, node, note, dim3(32), 0, 32, 4, 16);
+}
+
+// Upstream's kernel gets each query with each key once, in runs of at most so many keys.
+static void check_runs(const LatentShape & shape, int capability, int most_keys) {
+    standin_capability = capability;
+    LatentCase                attention(shape);
+    ggml_backend_cuda_context cuda(0);
+    OnDevice                  device(attention.node(), ggml_cuda_latent_attention_size(0, attention.node()));
+    const ggml_tensor &       q    = *device.node()->src[0];
+    const ggml_tensor &       mask = *device.node()->src[3];
+    CHECK(!ggml_cuda_latent_attention(cuda, device.node()));
+    CHECK(in_runs(device.node()) && noted.size() > 1);
+
+    const int64_t    n_parts = shape.n_keys / 256;
+    std::vector<int> times(shape.n_streams * shape.n_queries * n_parts);
+    for (const Noted & each : noted) {
+        CHECK(each.n_keys <= most_keys && each.n_keys % 256 == 0);
+        const size_t at_q   = each.q - static_cast<const char *>(q.data);
+        const size_t stream = at_q / q.nb[3], first = at_q % q.nb[3] / q.nb[1];
+        const size_t at_key =
+            each.mask - static_cast<const char *>(mask.data) - stream * mask.nb[3] - first * mask.nb[1];
+        for (int query = 0; query < each.n_queries; ++query) {
+            for (int key = 0; key < each.n_keys; key += 256) {
+                const size_t row = stream * shape.n_queries + first + query;
+                ++times.at(row * n_parts + (at_key / sizeof(uint16_t) + key) / 256);
+            }
+        }
+    }
+    CHECK(std::count(times.begin(), times.end(), 1) == static_cast<int64_t>(times.size()));
+}
+
+// The same node as if it had so many keys.
+static bool in_runs_with(const LatentShape & shape, int64_t n_keys) {
+    LatentCase attention(shape);
+    for (const int source : { 1, 2 }) {
+        attention.node()->src[source]->ne[1] = n_keys;
+    }
+    attention.node()->src[3]->ne[0] = n_keys;
+    return in_runs(attention.node());
+}
+
+// Many queries over a quantized cache that is too long to be copied as a whole.
+static void test_runs() {
+    const LatentShape many = with_cache(LatentShape().with(11, 116736), GGML_TYPE_Q8_0);
+    check_runs(many, 900, 34816);
+    check_runs(many, 1200, 58112);
+    LatentShape streams = many.with(267, 58624);
+    streams.n_streams   = 2;
+    check_runs(streams, 900, 34816);
+
+    // not: few rows, keys that are copied as a whole, other caches, more accurate kernels, blocks of fewer rows
+    const LatentShape small = many.with(11, 512);
+    CHECK(!in_runs_with(small.with(10, 512), 116736));
+    CHECK(!in_runs_with(small, 116480));
+    CHECK(!in_runs_with(with_cache(small, GGML_TYPE_BF16), 116736));
+    CHECK(!in_runs_with(exact(small), 116736));
+    CHECK(!in_runs_with(with_heads(small.with(2, 512), 192), 116736));
+    CHECK(!in_runs_with(with_heads(small.with(8, 512), 44), 116736));
+
+    // the memory is that of the largest copy of a cache that is copied as a whole
+    for (const int capability : { 900, 1200 }) {
+        for (const auto & [n_queries, n_heads] :
+             { std::pair(11, 32), std::pair(191, 32), std::pair(191, 128), std::pair(300, 20), std::pair(2047, 32) }) {
+            const LatentShape shape = with_heads(many, n_heads).with(n_queries, 1048576);
+            CHECK(size_of(shape, capability) == sizeof(float) * 512 * shape.n_rows() + size_t(116508) * 2 * 576);
+        }
+    }
+}
+
 static void test_decompressed() {
     LatentShape few = LatentShape().with(3, 40);
     few.expand      = true;
@@ -229,6 +361,7 @@ int main(int argc, char ** argv) {
     } else {
         test_absorbed();
         test_memory_of_fewer_keys();
+        test_runs();
         test_decompressed();
     }
     CHECK(standin_allocations == 0);  // what llama.cpp does not know of
