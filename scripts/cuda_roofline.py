@@ -226,21 +226,37 @@ def attention_table(model: Model, gpu: Gpu, measured: Measured) -> Rows:
     return rows
 
 
-def least_gain(model: Model, spares: bool, many: bool = False) -> float:
-    """The least ratio of upstream's time to ours where ours is the default.
+def least_gain(model: Model, spares: bool) -> float:
+    """The least ratio of upstream's time to ours where our absorbed kernel is the default.
 
-    spares: where it spares a large copy. many: for more queries than the tables have.
+    spares: where it spares a large copy.
     """
-    few = max(QUERIES) + 1
-    most = [*range(few, 256), *range(256, max(MOST_QUERIES.values()) + 1, 31)]
     return min(
         upstream_attention(model, gpu, kind, queries, keys) / absorbed(model, gpu, kind, queries, keys)
         for gpu in filter(model.knows, GPUS)
         for kind in ROW_BYTES
-        for queries in (filter(MOST_QUERIES[gpu.family].__ge__, most) if many else range(1, few))
+        for queries in range(1, most_direct(model) + 1)
         for keys in (*KEYS, model.constants[f"{kind} keys, {gpu.family}"])
         if ours_by_default(model, gpu, kind, queries, keys) and spares_copy(model, kind, keys) == spares
     )
+
+
+def most_direct(model: Model) -> int:
+    """The largest number of queries with which our absorbed kernel reads a quantized cache of any length."""
+    return model.constants["direct rows"] // HEADS
+
+
+def gains_in_runs(model: Model) -> list[float]:
+    """The time of upstream's kernel with a copy of the whole cache / that of the same kernel in runs of keys."""
+    many = [*range(most_direct(model) + 1, 256), *range(256, max(MOST_QUERIES.values()) + 1, 31)]
+    return [
+        upstream_attention(model, gpu, kind, queries, keys) / absorbed(model, gpu, kind, queries, keys)
+        for gpu in filter(model.knows, GPUS)
+        for kind in BLOCK_BYTES
+        for queries in filter(MOST_QUERIES[gpu.family].__ge__, many)
+        for keys in KEYS
+        if spares_copy(model, kind, keys)
+    ]
 
 
 def kernels_table(model: Model) -> Rows:
@@ -352,13 +368,14 @@ block can have 160 KiB of shared memory, and from 40 elsewhere: one threshold fo
 {switch}
 ## Latent attention, absorbed: {heads} heads
 
-Each cell: ours, upstream's, and upstream's / ours. **Bold** is what runs by default; `limit_of` in `latent-ggml.cu`
-decides. Upstream converts a Q8_0 cache to F16 before each call.
+Each cell: ours, upstream's, and upstream's / ours. **Bold** is what runs by default: `limit_of`,
+`MAX_COPY` and `MOST_DIRECT` in `latent-ggml.cu` decide. Upstream converts a Q8_0 cache to F16 before each call.
 Up to {copied} keys, wherever our kernel is the default, upstream's kernel takes at least {gain:.2f} × as long.
 For longer Q8_0 caches, upstream's F16 copy would take more than {largest} MiB. There ours is the default for up to
-{direct} pairs of query and head: upstream's takes at least {spared:.2f} × as long with up to {most_queries} queries.
-With more pairs, upstream's kernel runs over [runs of keys](../ggml_ops/latent_attention/README.md#in-runs-of-keys).
-With up to {data_centre} queries (GeForce: {geforce}), upstream takes at least {many:.2f} × as long as these or ours.
+{direct} queries: upstream's kernel takes at least {spared:.2f} × as long.
+With more, up to the largest number that LATENT_ATTN leaves to the absorbed form ({data_centre}; GeForce: {geforce}),
+upstream's kernel runs over [runs of keys](../ggml_ops/latent_attention/README.md#in-runs-of-keys). With a copy of the
+whole cache it takes {many:.2f} to {most_many:.2f} × as long.
 {attention}
 ## Latent attention, decompressed: {heads} heads
 
@@ -401,6 +418,7 @@ def page(counts: Data, measured: Measured) -> str:
     worst_ratio, best_ratio = ratio_errors(model)
     least_default, most_default = default_gains(model)
     largest = model.constants["largest copy"]
+    in_runs = gains_in_runs(model)
     return TEXT.format(
         compiler=counts["compiler"], share=DRAM_SHARE, launch=1e6 * (LAUNCH + FILL), hopper=HOPPER_MMA_SHARE,
         missing=missing, least=least, most=most, fast=1 / most, slow=1 / least,
@@ -408,9 +426,9 @@ def page(counts: Data, measured: Measured) -> str:
         least_default=least_default, most_default=most_default, switch=markdown(switch_table(model, measured)),
         matvec=markdown(matvec_table(model)), decompressed=markdown(decompressed_table(model, exact=False)),
         copied=largest // ROW_BYTES["f16"], largest=largest >> 20, gain=least_gain(model, spares=False),
-        direct=model.constants["direct rows"],
-        spared=least_gain(model, spares=True), most_queries=max(QUERIES),
-        many=least_gain(model, spares=True, many=True),
+        direct=most_direct(model),
+        spared=least_gain(model, spares=True),
+        many=min(in_runs), most_many=max(in_runs),
         data_centre=MOST_QUERIES["data centre"], geforce=MOST_QUERIES["GeForce"],
         devices=markdown(devices_table()), calibration=markdown(calibration_table(model, measured)),
         forwards=markdown(forwards_table(model)), heads=HEADS, head=HEAD, tokens=TOKENS,

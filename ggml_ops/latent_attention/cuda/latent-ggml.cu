@@ -51,7 +51,8 @@ bool ggml_cuda_latent_fast_sums(int) {
 #include <atomic>
 #include <cstdint>
 
-// Which nodes of the absorbed form the kernels compute; upstream's are faster for others. Upstream converts caches other
+// Which nodes of the absorbed form the kernels compute. For others, upstream's are faster, or ours were not measured to be
+// faster. Upstream converts caches other
 // than F16 to F16 at each step and then multiplies in one pass: reading the cache directly is faster with one block of
 // rows and a long cache. With F16 and one block of rows, splits of the keys and their join cost upstream more.
 // On an H200, F16 and Q8_0 are faster at every measured size from 4096 keys on; BF16, Q4_0 and other data-centre devices
@@ -76,20 +77,21 @@ static constexpr limit limit_of(latent_cuda::cache_type type, bool fast_sums) {
     }
 }
 
-// Upstream reserves memory for its F16 copy of a cache. A quantized cache whose copy would be larger than this is not
-// copied as a whole: from 116509 keys on.
+// Upstream's kernel needs an F16 copy of the cache. A quantized cache whose copy would be larger than this is not copied as
+// a whole: from 116509 keys on, of all streams together.
 constexpr int64_t MAX_COPY = 128 << 20;
 constexpr int64_t F16_ROW  = latent_cuda::N_CACHE * sizeof(half);
 
-// With more rows than this, upstream's kernel is faster than ours over such a cache, although each run of keys becomes F16
-// before: if its blocks have 64 rows.
+// With more rows (pairs of query and head) than this, upstream's kernel takes less time than ours over such a cache, by the
+// model (docs/gpu-roofline.md), with the conversion of each run of keys to F16. This holds if its blocks have 64 rows.
 constexpr int64_t MOST_DIRECT = 320;
 
 static bool has_wide_blocks(const latent_cuda::attention & args) {
     return args.n_queries > (args.n_heads % 16 == 0 ? 2 : 8);  // as fattn.cu chooses
 }
 
-// The largest number of rows of the cache, of all streams, with which upstream copies them all for a node of these sizes.
+// The largest number of keys, of all streams together, with which upstream's code alone computes a node of these sizes. It
+// converts all of them to F16, except in F16 caches.
 static int64_t rows_of_upstream(const latent_cuda::attention & args, bool exact, bool fast_sums) {
     const bool    quantized = args.type == latent_cuda::cache_type::q8_0 || args.type == latent_cuda::cache_type::q4_0;
     const int64_t n_copied  = quantized ? MAX_COPY / F16_ROW : INT64_MAX;

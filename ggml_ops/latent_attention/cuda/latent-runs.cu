@@ -1,9 +1,9 @@
-// Upstream's attention in runs of keys: launches of its kernel, and the kernel that adds what it leaves.
+// Upstream's attention in runs of keys: the launches of its kernel, and the kernel that adds its partial results.
 //
 // Upstream's blocks divide the work of a launch evenly: all steps of keys of the first output tile, then of the second
 // (stream-k). The block that ends a tile writes to the result, every other block to memory of its own, with maximum and
-// sum of the weights. Here there are more blocks than tiles. So no block computes a whole tile, for which upstream's kernel
-// would write a quotient without maximum and sum, and results of a run can be added to those of the runs before.
+// sum of the weights. Here there are more blocks than tiles, so no block computes a whole tile. For a whole tile, upstream's
+// kernel would store the quotient without maximum and sum, which could not be added to the results of other runs.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -51,7 +51,7 @@ static division tiles_of(int n_queries, int n_heads, int tile_queries, int tile_
     return parts;
 }
 
-// Queries of the groups of a node, about equal.
+// The number of queries of each group. All groups of a node have about the same size.
 static int group_of(const ggml_tensor * dst, const run_limits & limits) {
     const int n_queries = dst->ne[2];
     const int most      = std::max<int>(limits.rows / dst->ne[1] / GROUP_UNIT, 1) * GROUP_UNIT;

@@ -116,30 +116,33 @@ static double check(const Setup & setup) {
     return error;
 }
 
-// With one half per value: the mean of eight draws is not larger than that of upstream's kernels.
+// With one half per value: the mean of some draws is not larger than that of upstream's kernels. Few keys, few of which have
+// weight, need more draws: single ones differ by a factor of ten and more.
 static void compare_with_upstream(ggml_type type) {
-    for (const float spread : { 0.05f, 1.0f, 5.0f, 20.0f, 40.0f }) {
-        if (!chosen()) {
-            continue;
+    for (const auto & [n_keys, n_draws] : { std::pair(20, 96), std::pair(200, 8) }) {
+        for (const float spread : { 0.05f, 1.0f, 5.0f, 20.0f, 40.0f }) {
+            if (!chosen()) {
+                continue;
+            }
+            LatentShape s;
+            s.expand      = true;
+            s.cache       = type;
+            s.n_heads     = 2;
+            s.spread      = spread;
+            s             = s.with(16, n_keys);
+            double ours   = 0.0;
+            double theirs = 0.0;
+            for (s.seed = 1; s.seed <= (uint32_t) n_draws; ++s.seed) {
+                LatentCase               attention(s);
+                const std::vector<float> got = run(attention.node(), { { s } });
+                memcpy(attention.node()->data, got.data(), got.size() * sizeof(float));
+                ours += attention.nmse(s.n_rows()) / n_draws;
+                theirs += attention.upstreams_nmse(s.n_rows()) / n_draws;
+            }
+            printf("%s, %d keys, scores of deviation %g: mean NMSE %.1e, upstream's %.1e\n", ggml_type_name(type),
+                   n_keys, spread, ours, theirs);
+            expect(ours <= theirs, name_of(s));
         }
-        LatentShape s;
-        s.expand      = true;
-        s.cache       = type;
-        s.n_heads     = 2;
-        s.spread      = spread;
-        s             = s.with(16, 200);
-        double ours   = 0.0;
-        double theirs = 0.0;
-        for (s.seed = 1; s.seed <= 8; ++s.seed) {
-            LatentCase               attention(s);
-            const std::vector<float> got = run(attention.node(), { { s } });
-            memcpy(attention.node()->data, got.data(), got.size() * sizeof(float));
-            ours += attention.nmse(s.n_rows()) / 8;
-            theirs += attention.upstreams_nmse(s.n_rows()) / 8;
-        }
-        printf("%s, scores of deviation %g: mean NMSE %.1e, upstream's %.1e\n", ggml_type_name(type), spread, ours,
-               theirs);
-        expect(ours <= theirs, name_of(s));
     }
 }
 

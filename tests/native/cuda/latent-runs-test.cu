@@ -1,5 +1,5 @@
 // Upstream's attention in runs of keys (latent-runs.cu): upstream's own kernel and its launches, with a cache of several
-// runs. The error against float64 is not larger than that of upstream's kernel over the whole cache.
+// runs. The NMSE against float64 is at most 1.1 times that of upstream's kernel over the whole cache.
 
 #include "../latent-attn-case.h"
 #include "convert.cuh"
@@ -38,7 +38,7 @@ void ggml_cuda_flash_attn_ext_compact_mask(
 }
 
 to_fp16_nc_cuda_t ggml_get_to_fp16_nc_cuda(ggml_type) {
-    GGML_ABORT("rows that lie apart");
+    GGML_ABORT("rows that are not contiguous");
 }
 
 // The node's error by upstream's kernel, in runs of keys or as a whole.
@@ -69,10 +69,10 @@ static LatentShape shape_of(ggml_type type, const char * mask, int64_t n_queries
     return shape;
 }
 
-// Limits of keys and rows: the last run, or the last group of queries, is shorter than the others; or there is one of each.
+// Limits of keys and rows: the last run, or the last group of queries, is shorter than the others; or there is only one run and one group.
 constexpr latent_cuda::run_limits LIMITS[] = { { 256, 8192 }, { 512, 512 }, { 1280, 320 }, { 1280, 8192 } };
 
-// An argument: every so many of the cases.
+// Argument N (default 1): every Nth case.
 int main(int argc, char ** argv) {
     const int every  = argc > 1 ? atoi(argv[1]) : 1;
     int       number = 0;
@@ -90,7 +90,7 @@ int main(int argc, char ** argv) {
                         const LatentShape shape = shape_of(type, mask, n_queries, n_heads, n_streams);
                         LatentCase        attention(shape);
                         const double      runs = error_of(attention, shape, chosen);
-                        // of several streams, upstream reads masks past their ends; of no visible key, it computes 0 / 0
+                        // with several streams, upstream reads past the end of the masks; if a row sees no key, it computes 0 / 0
                         const bool   compared = n_streams == 1 && shape.mask != "blind";
                         const double whole    = compared ? error_of(attention, shape, {}) : 1e-6;
                         printf("%s %d multiprocessors, %d keys, %d rows: %.2g, whole %.2g\n", name_of(shape).c_str(),
