@@ -191,7 +191,8 @@ def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
 def chosen_build(parsed: argparse.Namespace, upstream: bool = False) -> Engine:
     """The build that runs, as for every other command, or upstream with the same options; its label is printed."""
     tests = on_device(parsed) and parsed.operators
-    if upstream or tests:
+    # both builds of a device are made by the same compilers, which select() does not ask for
+    if upstream or tests or (on_device(parsed) and parsed.build == parsed.backend):
         engine = ensure(upstream, parsed.backend, tests=tests, defines=parsed.defines)
     else:
         engine = select(parsed.build)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import lzma
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from kimi_gguf.engine.errors import EngineError, install
@@ -67,8 +69,16 @@ def unpack(archive: Path, wanted: dict[str, Path]) -> None:
     """Write the folders and files of the archive in `wanted` to their places, without git's own files.
 
     Only regular files are written, each below its place. An archive with an absolute path, a path with `..`, or a
-    link or device in a wanted folder is refused before anything is written.
+    link or device in a wanted folder is refused before anything is written. Raises `EngineError`.
     """
+    try:
+        _unpack(archive, wanted)
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as error:
+        reason = (str(error) or "it ends too early").splitlines()[0].rstrip(":")
+        raise EngineError(f"{archive}: damaged: {reason}", todo="copy or download it again") from None
+
+
+def _unpack(archive: Path, wanted: dict[str, Path]) -> None:
     with tarfile.open(archive) as tar:
         members = tar.getmembers()
         plan = [(member, place) for member in members if (place := _place(member, wanted, archive))]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shlex
 import shutil
@@ -151,10 +152,9 @@ class Campaign:
         self.device = ""  # its description, once a stage needs it
         self.file = place.out / "stages.state"
         place.out.mkdir(parents=True, exist_ok=True)
-        try:
-            self.finished: dict[str, Any] = json.loads(self.file.read_text())
-        except (OSError, ValueError):
-            self.finished = {}
+        if not os.access(place.out, os.W_OK):
+            raise EngineError(f"{place.out}: no file can be written there", todo="name another folder: --out")
+        self.finished: dict[str, dict[str, Any]] = finished_stages(self.file)
 
     def engine(self, upstream: bool) -> Engine | None:
         """A finished build with its tests."""
@@ -185,8 +185,12 @@ class Campaign:
             if self.place.rehearse:
                 folder = str(self.place.out.resolve())
                 maker = [sys.executable, str(ROOT / "tests" / "support" / "native_program.py"), folder]
-                made = subprocess.run(maker, stdout=subprocess.PIPE, text=True, check=True).stdout
-                os.environ["GGML_BACKEND_PATH"] = made.strip()
+                made = subprocess.run(maker, stdout=subprocess.PIPE, text=True, check=False)
+                if made.returncode:
+                    raise EngineError(
+                        "the device of --rehearse was not compiled", todo="see the messages above"
+                    )
+                os.environ["GGML_BACKEND_PATH"] = made.stdout.strip()
             environment = environment_of(engine, switch="")
             self.device = find_device(self.place.backend, environment, self.place.device).description
         return self.device
@@ -210,21 +214,21 @@ class Campaign:
             raise EngineError(
                 f"{stage.name}: there is no build", todo="run the stage build first: --stage build"
             )
-        self.finished.pop(stage.name, None)
-        output.unlink(missing_ok=True)
+        part = output.with_name(f"{output.name}.part")
         if stage.group == "test":
-            self.test(stage, limit, output)
+            self.test(stage, limit, part)
         else:
-            words = ("bench", *stage.words, "--json", str(output))
+            words = ("bench", *stage.words, "--json", str(part))
             call([sys.executable, "-P", "-m", "kimi_gguf.scripts.kimi_llama", *words], limit, stage.name)
+        part.replace(output)
         self.finished[stage.name] = {"inputs": inputs, "sha256": file_sha256(output)}
         atomically(self.file, lambda part: part.write_text(json.dumps(self.finished, indent=1) + "\n"))
 
-    def test(self, stage: Stage, limit: float, output: Path) -> None:
-        """Test an operator on the device; the output has the final name only if all cases pass."""
+    def test(self, stage: Stage, limit: float, part: Path) -> None:
+        """Test an operator on the device. Raises `EngineError` unless all cases pass."""
         engine = self.engine(upstream=False)
         assert engine is not None, "run() has checked it"
-        operator, part = stage.words[2], output.with_suffix(".part")
+        operator = stage.words[2]
         program = str(engine.bin / "test-backend-ops")
         long = {} if self.place.rehearse else {"KIMI_LONG_CASES": "1"}
         try:
@@ -240,9 +244,12 @@ class Campaign:
                 todo=f"see {part}",
             ) from None
         text = part.read_text(errors="replace")
-        passed = next((line.split()[0] for line in text.splitlines() if "tests passed" in line), "no case")
+        passed = next((line.split()[0] for line in text.splitlines() if "tests passed" in line), None)
+        if passed is None:
+            raise EngineError(
+                f"{operator}: {part} does not say how many tests passed", todo="is the disk full?"
+            )
         print(f"bench-gpu: {operator}: {passed} tests passed, {text.count('not supported')} not supported")
-        part.replace(output)
 
     def draw(self, records: Sequence[Path]) -> None:
         """Write the page, if this Python can draw."""
@@ -254,6 +261,20 @@ class Campaign:
             return
         call([sys.executable, "-P", "-m", "kimi_gguf.scripts.kimi_llama", *words], LIMIT, "page")
         print(f"bench-gpu: see {self.place.page}")
+
+
+def finished_stages(file: Path) -> dict[str, dict[str, Any]]:
+    """The finished stages of a state file; none if it is missing or damaged, which is said."""
+    try:
+        found = json.loads(file.read_text())
+        if isinstance(found, dict) and all({"inputs", "sha256"} <= set(each) for each in found.values()):
+            return found
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError):
+        pass
+    print(f"bench-gpu: {file}: damaged; all stages count as left", file=sys.stderr)
+    return {}
 
 
 def call(
@@ -343,9 +364,8 @@ def run(options: argparse.Namespace) -> int:
     if options.prepare is not None:
         prepare(options.prepare, options.python)
         return 0
-    place = Place(
-        "cpu" if options.rehearse else options.backend, options.out, options.rehearse, options.model
-    )
+    out = options.out or ROOT / "out" / ("gpu-rehearsal" if options.rehearse else "gpu")
+    place = Place("cpu" if options.rehearse else options.backend, out, options.rehearse, options.model)
     every = stages(place)
     if unknown := set(options.stage) - {each.name for each in every} - set(GROUPS):
         names = " ".join([*GROUPS, *(each.name for each in every)])
@@ -370,7 +390,17 @@ def run(options: argparse.Namespace) -> int:
     records = [campaign.output(each) for each in measured if campaign.done(each)]
     if records and (not options.stage or "page" in options.stage):
         campaign.draw(records)
+    elif options.stage == ["page"]:
+        raise EngineError(f"{out}: no finished stage to draw", todo="run the stages times and model first")
     return status
+
+
+def positive(text: str) -> float:
+    """Seconds of an option."""
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    return seconds
 
 
 def arguments_parser() -> argparse.ArgumentParser:
@@ -395,14 +425,14 @@ def arguments_parser() -> argparse.ArgumentParser:
     add("--again", action="store_true", help="repeat finished stages, except builds")
     add(
         "--limit",
-        type=float,
+        type=positive,
         default=LIMIT,
         metavar="S",
         help="seconds for each stage (default: %(default)g)",
     )
     add(
         "--total",
-        type=float,
+        type=positive,
         default=float("inf"),
         metavar="S",
         help="seconds for all stages (default: no limit)",
@@ -412,9 +442,8 @@ def arguments_parser() -> argparse.ArgumentParser:
     add(
         "--out",
         type=Path,
-        default=ROOT / "out" / "gpu",
         metavar="FOLDER",
-        help="folder of the output (default: out/gpu of the checkout)",
+        help="folder of the output (default: out/gpu of the checkout; with --rehearse out/gpu-rehearsal)",
     )
     add("--source", type=Path, metavar="FOLDER", help="use a prepared folder instead of the network")
     add("--prepare", type=Path, metavar="FOLDER", help="write such a folder, and run no stage")
@@ -437,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     try:
         return run(options)
-    except KimiError as error:
+    except (KimiError, OSError) as error:
         print(f"bench-gpu: error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

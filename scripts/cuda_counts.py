@@ -93,6 +93,7 @@ KERNELS = (
     ),
     Kernel("join", _LATENT + "latent-attend.cu", "join_pieces", LOOP),
     Kernel("add run", _LATENT + "latent-runs.cu", "add_run", LOOP),
+    Kernel("find ends", _LATENT + "latent-runs.cu", "find_ends", WHOLE),  # if all tiles see the last keys of a run
     *(
         Kernel(f"collect {name}", _LATENT + "latent-collect.cu", f"collect_tileILNS_10cache_typeE{form}E",
                WHOLE, _MASKS)

@@ -277,11 +277,20 @@ def kernels_table(model: Model) -> Rows:
 
 
 def measured_times(files: Sequence[Path]) -> Measured:
-    """Seconds by device, operator and parameters, from records of `kimi-llama bench --operators`."""
+    """Seconds by device, operator and parameters, from records of `kimi-llama bench --operators`.
+
+    Raises `KimiError` for times of a device that is not in GPUS.
+    """
     found: Measured = {}
-    for record in (each for file in files for each in load_all(file)):
+    for file, record in ((path, each) for path in files for each in load_all(path)):
         description = (record.get("device") or {}).get("description", "")
         name = next((gpu.name for gpu in GPUS if gpu.name in description), None)
+        if name is None and record.get("device_operators"):
+            raise KimiError(
+                f"{file}: times of a device that the model does not have",
+                expected=", ".join(gpu.name for gpu in GPUS),
+                found=description or "no device",
+            )
         for row in record.get("device_operators", ()):
             build = "upstream" if row["operator"] == RECURRENCE else "patched"
             if name is None or not row[build]:
@@ -467,6 +476,17 @@ def as_json(counts: Data) -> str:
     return "{\n" + ",\n".join([*lines, ' "kernels": {\n' + ",\n".join(kernels) + "\n }"]) + "\n}\n"
 
 
+def stored_counts(file: Path) -> Data:
+    """Counts that this command wrote. Raises `KimiError`."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if {"kernels", "constants", "compiler", "sources"} <= set(found):
+            return dict(found)
+    except ValueError:
+        pass
+    raise KimiError(f"{file}: not counts of this command", todo="count again: leave out --stored")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page; return the exit status."""
     parser = argparse.ArgumentParser(
@@ -490,18 +510,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--records",
         type=Path,
         nargs="+",
-        default=RECORDS,
+        default=[],
         metavar="JSON",
-        help="measured times of scripts/bench-gpu (default: those of the documentation)",
+        help="measured times of scripts/bench-gpu, in addition to those of the documentation",
     )
     options = parser.parse_args(arguments)
+    known = sorted({gpu.architecture for gpu in GPUS})
+    if unknown := set(options.architecture) - set(known):
+        parser.error(f"--architecture: expected some of {known}, found {unknown.pop()}")
+    if options.stored and options.architecture:
+        parser.error("--stored counts nothing: expected it without --architecture")
     try:
         if not options.stored:
-            stored = json.loads(options.counts.read_text()) if options.counts.is_file() else None
+            stored = stored_counts(options.counts) if options.counts.is_file() else None
             fresh = fresh_counts(tuple(options.architecture), stored)
             options.counts.write_text(as_json(fresh), encoding="utf-8")
-        counts = json.loads(options.counts.read_text(encoding="utf-8"))
-        options.page.write_text(page(counts, measured_times(options.records)), encoding="utf-8")
+        measured = measured_times([*RECORDS, *options.records])
+        options.page.write_text(page(stored_counts(options.counts), measured), encoding="utf-8")
     except (KimiError, OSError) as error:
         print(f"cuda_roofline: error: {error}", file=sys.stderr)
         return 1

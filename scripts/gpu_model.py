@@ -436,11 +436,15 @@ def attention_in_runs(model: Model, gpu: Gpu, kind: str, queries: int, keys: int
     c = model.constants
     most = c["group rows"] // HEADS // c["group unit"] * c["group unit"]
     runs = equal_parts(keys, c[f"run keys, {gpu.family}"], c["unit of a run"])
-    return sum(conversion(kind, run, gpu) for run in runs) + sum(
-        model.total(run_of_keys(model, gpu, kind, group, run), gpu)
+    unit = c["unit of a run"]
+    ends = Launch("find ends", ceil(queries / 4) * len(runs), unit // 32, 1, 2 * unit * queries * len(runs))
+    of_runs = [
+        launch
         for run in runs
         for group in equal_parts(queries, most, c["group unit"])
-    )
+        for launch in run_of_keys(model, gpu, kind, group, run)
+    ]
+    return sum(conversion(kind, run, gpu) for run in runs) + model.total([ends, *of_runs], gpu)
 
 
 def equal_parts(whole: int, most: int, unit: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import tarfile
 from pathlib import Path
 
@@ -113,3 +114,17 @@ def test_an_archive_without_llama_cpp_is_refused(tmp_path: Path) -> None:
     tiny_llama.pack(path, {"t/other/c.txt": "c"})
     with pytest.raises(EngineError, match=r"no t/llama\.cpp"):
         archive.unpack(path, {"t/llama.cpp": tmp_path / "out"})
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz"])
+def test_a_damaged_archive_is_named(kind: str, tmp_path: Path) -> None:
+    path, out = tmp_path / f"a.tar.{kind}", tmp_path / "out"
+    content = tmp_path / "content"
+    content.write_bytes(os.urandom(100_000))
+    with tarfile.open(path, f"w:{kind}") as tar:
+        tar.add(content, "t/llama.cpp/content")
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], os.urandom(2000), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(EngineError, match=f"{path}: damaged: .*; copy or download it again"):
+            archive.unpack(path, {"t/llama.cpp": out})

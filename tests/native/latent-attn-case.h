@@ -26,29 +26,31 @@
 #include <vector>
 
 struct LatentShape {
-    bool        expand    = false;  // from q to values as in the model; false: both in the latent space
-    bool        plain     = false;  // the absorbed form disabled: upstream's paths
-    bool        exact     = false;  // marked: the most accurate kernels
-    int64_t     n_queries = 1;
-    int64_t     n_keys    = 16384;
-    int64_t     n_heads   = 32;
-    int64_t     n_streams = 1;
-    int64_t     n_latent  = 512;
-    int64_t     n_rope    = 64;
-    int64_t     n_nope    = 128;  // this and n_value: decompressed form only
-    int64_t     n_value   = 128;
-    ggml_type   cache     = GGML_TYPE_F16;
-    ggml_type   weights   = GGML_TYPE_F16;
-    std::string mask      = "causal";  // none, causal, mixed (two of five keys), blind (the first query sees nothing)
-    float       spread    = 1.0f;      // standard deviation of the scores
-    float       query     = 1.0f;      // standard deviation of the values of q, compensated by the scale
-    bool        poison    = false;     // cells that no query sees are NaN
-    bool        ordered   = false;     // the node has the order of the keys, ...
-    bool        backwards = false;     // ... of which the last one is in the first cell
-    int64_t     ahead     = 0;         // last queries that are like none of a case without them
-    float       first     = 1.0f;      // standard deviation of the values of the first key, and of the last; between
-    float       last      = 1.0f;      // them it grows by a constant factor per key
-    bool        alike     = false;     // these values are not random: all values of a key are its standard deviation
+    bool      expand    = false;  // from q to values as in the model; false: both in the latent space
+    bool      plain     = false;  // the absorbed form disabled: upstream's paths
+    bool      exact     = false;  // marked: the most accurate kernels
+    int64_t   n_queries = 1;
+    int64_t   n_keys    = 16384;
+    int64_t   n_heads   = 32;
+    int64_t   n_streams = 1;
+    int64_t   n_latent  = 512;
+    int64_t   n_rope    = 64;
+    int64_t   n_nope    = 128;  // this and n_value: decompressed form only
+    int64_t   n_value   = 128;
+    ggml_type cache     = GGML_TYPE_F16;
+    ggml_type weights   = GGML_TYPE_F16;
+    // none, causal, mixed (two of five keys), blind (the first query sees nothing), slots (each group of four queries sees a
+    // sixth of the keys, none of them the last third)
+    std::string mask      = "causal";
+    float       spread    = 1.0f;   // standard deviation of the scores
+    float       query     = 1.0f;   // standard deviation of the values of q, compensated by the scale
+    bool        poison    = false;  // cells that no query sees are NaN
+    bool        ordered   = false;  // the node has the order of the keys, ...
+    bool        backwards = false;  // ... of which the last one is in the first cell
+    int64_t     ahead     = 0;      // last queries that are like none of a case without them
+    float       first     = 1.0f;   // standard deviation of the values of the first key, and of the last; between
+    float       last      = 1.0f;   // them it grows by a constant factor per key
+    bool        alike     = false;  // these values are not random: all values of a key are its standard deviation
     // random; decompressed form only: loud (the first value of each head is 3000 times as large), common (all keys have the
     // same first latent value, 22, and v_b hardly reads it), massive (22 is the only latent value of the first key, and only
     // the first row of v_b reads it, which is quiet). common and massive: with F16 only
@@ -91,6 +93,9 @@ struct LatentShape {
     bool visible(int64_t stream, int64_t query, int64_t key) const {
         if (mask == "mixed") {
             return (query * 7 + key * 13 + (one_mask ? 0 : stream)) % 5 < 2;
+        }
+        if (mask == "slots") {
+            return key * 6 / n_keys == query / 4 % 4;
         }
         if (mask == "blind" && query == 0) {
             return false;

@@ -548,6 +548,29 @@ def test_measured_times_are_on_the_page(tmp_path: Path) -> None:
     row = text.partition("## KDA")[2].partition(f"| {name} |")[2].partition("\n")[0]
     assert "| 1.23 ms |" in row
     assert "; measured 56.7 µs" in text.partition(f"### {name}")[2].partition("###")[0]
+    assert text.count(", measured |") == PAGE.read_text().count(", measured |"), "those of the documentation"
+
+
+def test_what_cannot_be_used_is_an_error_and_leaves_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = record("2026-01-01", 2.0)
+    made["device"] = {"description": "the CPU with memory of its own"}
+    made["device_operators"] = [{"operator": "KDA_SCAN", "parameters": "", "patched": 1.0, "upstream": None}]
+    file, counts, out = tmp_path / "record.json", tmp_path / "counts.json", tmp_path / "page.md"
+    file.write_text(json.dumps(made))
+    assert main(["--stored", "--page", str(out), "--records", str(file)]) == 1
+    said = capsys.readouterr().err
+    assert f"{file}: times of a device that the model does not have: expected H200" in said
+    for text in ("", "{}", "[1]"):
+        counts.write_text(text)
+        assert main(["--stored", "--page", str(out), "--counts", str(counts)]) == 1
+        assert f"{counts}: not counts of this command" in capsys.readouterr().err
+    for words in (["--architecture", "99"], ["--stored", "--architecture", "90"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--page", str(out), "--counts", str(counts)])
+        assert ended.value.code == 2
+    assert not out.exists()
 
 
 def test_a_change_of_the_code_but_not_of_a_comment_changes_the_digest(

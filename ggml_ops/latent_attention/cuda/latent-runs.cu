@@ -19,11 +19,11 @@
 
 namespace latent_cuda {
 
-constexpr int     TILE_ROWS   = 64;  // rows (queries x heads) of an output tile of upstream's kernel
-constexpr int     GROUP_UNIT  = 16;  // queries: whole tiles
-constexpr int     ADD_THREADS = N_LATENT / 4;
-constexpr int64_t KEYS_UNIT   = FATTN_KQ_STRIDE;  // runs have multiples of so many keys, as upstream's kernel requires
-constexpr size_t  ALIGNED     = 128;
+constexpr int    TILE_ROWS   = 64;  // rows (queries x heads) of an output tile of upstream's kernel
+constexpr int    GROUP_UNIT  = 16;  // queries: whole tiles
+constexpr int    ADD_THREADS = N_LATENT / 4;
+constexpr int    KEYS_UNIT   = FATTN_KQ_STRIDE;  // runs have multiples of so many keys, as upstream's kernel requires
+constexpr size_t ALIGNED     = 128;
 
 // The output tiles of a launch and how its blocks divide them.
 struct division {
@@ -65,6 +65,39 @@ struct left_by_upstream {
     const float2 * others_sums;  // [blocks][TILE_ROWS]: of the other blocks
     const float *  others;       // [blocks][TILE_ROWS][N_LATENT]
 };
+
+// For a run (blockIdx.y) of a stream (blockIdx.z) and a tile of queries, the end of the last KEYS_UNIT keys that one of its
+// queries sees; 0: they see none. Upstream's kernel stops there, or after one step where a block begins later.
+static __global__ void __launch_bounds__(KEYS_UNIT) find_ends(const uint16_t * mask,
+                                                              int64_t          mask_query,
+                                                              int64_t          mask_stream,
+                                                              int              mask_streams,
+                                                              int              n_queries,
+                                                              int              tile_queries,
+                                                              int              n_keys,
+                                                              int              run_keys,
+                                                              int *            ends) {
+    constexpr uint16_t HIDDEN = 0xFC00;  // -inf
+    kimi_cuda::wait_for_previous();
+    kimi_cuda::let_next_begin();
+    const int first_query = blockIdx.x * tile_queries;
+    const int n_rows      = min(tile_queries, n_queries - first_query);
+    const int first_key   = blockIdx.y * run_keys;
+    mask += blockIdx.z % mask_streams * mask_stream + first_query * mask_query + first_key;
+    int end = min(run_keys, n_keys - first_key);
+    for (; end > 0; end -= KEYS_UNIT) {
+        int seen = 0;
+        for (int row = 0; row < n_rows; ++row) {
+            seen |= mask[row * mask_query + end - KEYS_UNIT + threadIdx.x] != HIDDEN;
+        }
+        if (__syncthreads_or(seen)) {
+            break;
+        }
+    }
+    if (threadIdx.x == 0) {
+        ends[(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = end;
+    }
+}
 
 static __device__ __forceinline__ float factor(float maximum, float largest) {
     return maximum == -INFINITY ? 0.0f : expf(maximum - largest);
@@ -116,34 +149,46 @@ static int blocks_for(int n_tiles, int n_multiprocessors) {
     return ((n_tiles + n_tiles / 4) / n_multiprocessors + 1) * n_multiprocessors;
 }
 
+// Keys of each run but the last: about as many as that has.
+static int length_of(const ggml_tensor * dst, const run_limits & limits) {
+    const int64_t n_keys = dst->src[1]->ne[1];
+    return divide_up<int64_t>(divide_up(n_keys, divide_up(n_keys, limits.keys)), KEYS_UNIT) * KEYS_UNIT;
+}
+
 // Where everything is in `work`, in bytes.
 struct places {
-    size_t ended, sums, so_far, end;  // the copy is at 0
+    size_t ended, sums, so_far, ends, end;  // the copy is at 0
 
     places(const ggml_tensor * dst, int n_blocks, const run_limits & limits) {
         const size_t n_heads = dst->ne[1];
         ended                = GGML_PAD(limits.keys * N_CACHE * sizeof(half), ALIGNED);
         sums                 = ended + group_of(dst, limits) * n_heads * N_LATENT * sizeof(float);
         so_far               = sums + n_blocks * TILE_ROWS * (2 * sizeof(float2) + N_LATENT * sizeof(float));
-        end                  = so_far + dst->ne[2] * n_heads * sizeof(float2);
+        ends                 = so_far + dst->ne[2] * n_heads * sizeof(float2);
+        end = ends +
+              dst->ne[2] * dst->ne[3] * divide_up<int64_t>(dst->src[1]->ne[1], length_of(dst, limits)) * sizeof(int);
     }
 };
 
+// Of the tiles of upstream's kernel for so many heads (fattn.cu).
+static int heads_of_tile(int64_t n_heads) {
+    return n_heads % 16 == 0 ? 16 : 4;
+}
+
 size_t runs_workspace(const ggml_tensor * dst, int n_multiprocessors, const run_limits & limits) {
-    int n_tiles = 0;
-    for (const int heads : { 16, 4 }) {  // fattn.cu chooses 16 where the number of heads allows it, and 4 elsewhere
-        n_tiles = std::max(n_tiles, tiles_of(group_of(dst, limits), dst->ne[1], TILE_ROWS / heads, heads).n_tiles);
-    }
-    return places(dst, blocks_for(n_tiles, n_multiprocessors), limits).end;
+    const int      heads = heads_of_tile(dst->ne[1]);
+    const division tiles = tiles_of(group_of(dst, limits), dst->ne[1], TILE_ROWS / heads, heads);
+    return places(dst, blocks_for(tiles.n_tiles, n_multiprocessors), limits).end;
 }
 
 namespace {
 
-// A run of keys of one stream, whose F16 copy is at `work`.
+// A run of keys of one stream, whose F16 copy is at `work`. ends: of each tile of queries.
 struct key_run {
-    int64_t stream, first;
-    int     n_keys;
-    char *  work;
+    int64_t     stream, first;
+    int         n_keys;
+    const int * ends;
+    char *      work;
 };
 
 }  // namespace
@@ -182,10 +227,11 @@ static void attend_group(ggml_backend_cuda_context & ctx,
 
     // as launch_fattn in fattn-common.cuh
     const ggml_cuda_kernel_launch_params launch(dim3(parts.n_blocks), upstream.block, upstream.shared, ctx.stream());
-    ggml_cuda_kernel_launch(upstream.kernel, launch, queries, run.work, run.work, visible, nullptr, nullptr, ended,
-                            sums, scale, 0.0f, 1.0f, 1.0f, 1u, 0.0f, q->ne[0], init_fastdiv_values(n_queries), q->ne[2],
-                            1, q->nb[1], q->nb[2], q->nb[3], k->ne[0], run.n_keys, 1, 1, ROW, all, all, ROW, all, all,
-                            mask->ne[1], 1, 1, mask->nb[1], mask->nb[2], mask->nb[3]);
+    ggml_cuda_kernel_launch(upstream.kernel, launch, queries, run.work, run.work, visible, nullptr,
+                            run.ends + first / upstream.tile_queries, ended, sums, scale, 0.0f, 1.0f, 1.0f, 1u, 0.0f,
+                            q->ne[0], init_fastdiv_values(n_queries), q->ne[2], 1, q->nb[1], q->nb[2], q->nb[3],
+                            k->ne[0], run.n_keys, 1, 1, ROW, all, all, ROW, all, all, mask->ne[1], 1, 1, mask->nb[1],
+                            mask->nb[2], mask->nb[3]);
     const int64_t row    = (run.stream * dst->ne[2] + first) * dst->ne[1];
     float2 *      so_far = reinterpret_cast<float2 *>(run.work + at.so_far) + first * dst->ne[1];
     kimi_cuda::launch_early<add_run>(dim3(n_queries * dst->ne[1]), ADD_THREADS, 0, ctx.stream(), parts, left,
@@ -199,21 +245,33 @@ void attend_in_runs(ggml_backend_cuda_context & ctx,
                     char *                      work,
                     const run_limits &          limits) {
     const ggml_tensor * k         = dst->src[1];
-    const int64_t       n_keys    = k->ne[1];
+    const ggml_tensor * mask      = dst->src[3];
+    const int           n_keys    = k->ne[1];
     const int           n_queries = dst->ne[2];
+    const int           length    = length_of(dst, limits);
     const int           group     = group_of(dst, limits);
+    GGML_ASSERT(upstream.tile_heads == heads_of_tile(dst->ne[1]));
     GGML_ASSERT(upstream.tile_queries * upstream.tile_heads == TILE_ROWS);
     GGML_ASSERT(n_keys % KEYS_UNIT == 0 && limits.keys % KEYS_UNIT == 0);
 
-    const int64_t length = divide_up(divide_up(n_keys, divide_up(n_keys, limits.keys)), KEYS_UNIT) * KEYS_UNIT;
+    const division tiles = tiles_of(group, dst->ne[1], upstream.tile_queries, upstream.tile_heads);
+    const places   at(dst, blocks_for(tiles.n_tiles, ggml_cuda_info().devices[ctx.device].nsm), limits);
+    int *          ends = reinterpret_cast<int *>(work + at.ends);
+    const dim3     of_ends(divide_up(n_queries, upstream.tile_queries), divide_up(n_keys, length), dst->ne[3]);
+    kimi_cuda::launch_early<find_ends>(
+        of_ends, KEYS_UNIT, 0, ctx.stream(), static_cast<const uint16_t *>(mask->data),
+        static_cast<int64_t>(mask->nb[1] / sizeof(uint16_t)), static_cast<int64_t>(mask->nb[3] / sizeof(uint16_t)),
+        static_cast<int>(mask->ne[3]), n_queries, upstream.tile_queries, n_keys, length, ends);
     for (int64_t stream = 0; stream < dst->ne[3]; ++stream) {
-        for (int64_t first = 0; first < n_keys; first += length) {  // runs of about equal length
-            const key_run run  = { stream, first, static_cast<int>(std::min(length, n_keys - first)), work };
+        for (int first = 0; first < n_keys; first += length) {
+            const key_run run  = { stream, first, std::min(length, n_keys - first), ends, work };
             const char *  rows = static_cast<const char *>(k->data) + stream * k->nb[3] + first * k->nb[1];
-            ggml_get_to_fp16_cuda(k->type)(rows, reinterpret_cast<half *>(work), run.n_keys * N_CACHE, ctx.stream());
+            ggml_get_to_fp16_cuda(k->type)(rows, reinterpret_cast<half *>(work),
+                                           static_cast<int64_t>(run.n_keys) * N_CACHE, ctx.stream());
             for (int query = 0; query < n_queries; query += group) {
                 attend_group(ctx, dst, upstream, run, query, std::min(group, n_queries - query), limits);
             }
+            ends += of_ends.x;
         }
     }
     CUDA_CHECK(cudaGetLastError());

@@ -33,7 +33,8 @@ constexpr run_limits GEFORCE_RUNS     = { 58112, 8192 };
 // Bytes of `work` for the node, on a device with so many multiprocessors.
 size_t runs_workspace(const ggml_tensor * dst, int n_multiprocessors, const run_limits & limits);
 
-// work: aligned to 128 bytes. For each run of each stream a conversion, and two launches for each group of queries.
+// work: aligned to 128 bytes. One launch, and for each run of each stream a conversion, and two launches for each group of
+// queries.
 void attend_in_runs(ggml_backend_cuda_context & ctx,
                     ggml_tensor *               dst,
                     const upstream_kernel &     upstream,

@@ -211,6 +211,8 @@ struct Noted {
     const char * mask;
     int          n_queries;
     int          n_keys;
+
+    std::vector<int> ends;  // of tiles of four queries: the end of the last 256 keys that they see
 };
 
 static std::vector<Noted> noted;
@@ -220,7 +222,7 @@ static __global__ void note(const char * q,
                             const char *,
                             const char * mask,
                             const char *,
-                            const int *,
+                            const int * ends,
                             float *,
                             float2 *,
                             const float,
@@ -253,7 +255,8 @@ static __global__ void note(const char * q,
                             const int32_t,
                             const int64_t) {
     if (blockIdx.x == 0 && threadIdx.x == 0) {
-        noted.push_back({ q, mask, static_cast<int>(n_queries.z), n_keys });
+        const int n = n_queries.z;
+        noted.push_back({ q, mask, n, n_keys, std::vector<int>(ends, ends + (n + 3) / 4) });
     }
 }
 
@@ -282,10 +285,22 @@ static void check_runs(const LatentShape & shape, int capability, int most_keys)
         const size_t stream = at_q / q.nb[3], first = at_q % q.nb[3] / q.nb[1];
         const size_t at_key =
             each.mask - static_cast<const char *>(mask.data) - stream * mask.nb[3] - first * mask.nb[1];
+        const int64_t first_key = at_key / sizeof(uint16_t);
         for (int query = 0; query < each.n_queries; ++query) {
+            const int end = each.ends[query / 4];
+            for (int key = end; key < each.n_keys; ++key) {
+                CHECK(!shape.visible(stream, first + query, first_key + key));
+            }
+            bool seen = end == 0;
+            for (int other = query / 4 * 4; other < std::min(query / 4 * 4 + 4, each.n_queries); ++other) {
+                for (int key = end - 256; key < end; ++key) {
+                    seen = seen || shape.visible(stream, first + other, first_key + key);
+                }
+            }
+            CHECK(seen);
             for (int key = 0; key < each.n_keys; key += 256) {
                 const size_t row = stream * shape.n_queries + first + query;
-                ++times.at(row * n_parts + (at_key / sizeof(uint16_t) + key) / 256);
+                ++times.at(row * n_parts + (first_key + key) / 256);
             }
         }
     }
@@ -307,11 +322,14 @@ static void test_runs() {
     const LatentShape many = with_cache(LatentShape().with(11, 116736), GGML_TYPE_Q8_0);
     check_runs(many, 900, 34816);
     check_runs(many, 1200, 58112);
-    LatentShape streams = many.with(267, 58624);
+    LatentShape slots = many.with(37, 116736);
+    slots.mask        = "slots";
+    check_runs(slots, 900, 34816);
+    LatentShape streams = many.with(267, 58624);  // two groups of queries
     streams.n_streams   = 2;
     check_runs(streams, 900, 34816);
 
-    // not: few rows, keys that are copied as a whole, other caches, more accurate kernels, blocks of fewer rows
+    // not: few rows, keys that are copied as a whole, other caches, more accurate kernels, blocks of fewer rows, short streams
     const LatentShape small = many.with(11, 512);
     CHECK(!in_runs_with(small.with(10, 512), 116736));
     CHECK(!in_runs_with(small, 116480));
@@ -319,6 +337,9 @@ static void test_runs() {
     CHECK(!in_runs_with(exact(small), 116736));
     CHECK(!in_runs_with(with_heads(small.with(2, 512), 192), 116736));
     CHECK(!in_runs_with(with_heads(small.with(8, 512), 44), 116736));
+    LatentShape short_ones = small;
+    short_ones.n_streams   = 4;
+    CHECK(!in_runs_with(short_ones, 32512));
 
     // the memory is that of the largest copy of a cache that is copied as a whole
     for (const int capability : { 900, 1200 }) {

@@ -77,7 +77,7 @@ int main(int argc, char ** argv) {
     const int every  = argc > 1 ? atoi(argv[1]) : 1;
     int       number = 0;
     for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-        for (const char * mask : { "causal", "mixed", "blind" }) {
+        for (const char * mask : { "causal", "mixed", "blind", "slots" }) {
             for (const auto & [n_queries, n_heads, n_streams] :
                  { std::tuple(9, 32, 1), std::tuple(18, 32, 1), std::tuple(35, 20, 1), std::tuple(10, 20, 2),
                    std::tuple(10, 48, 3) }) {
