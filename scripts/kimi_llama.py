@@ -44,7 +44,9 @@ it computes. A worker listens on loopback unless --host is given. Give --host on
 example the address of a WireGuard interface. Or tunnel the port: ssh -N -L 50052:127.0.0.1:50052 MACHINE. For more,
 see docs/serving.md."""
 
-_NO_GPU = "this build computes on the CPU: no device needs the check"
+_NO_GPU = (
+    "this build computes on the CPU: no GPU was checked (kimi-llama build --backend NAME, then use NAME)"
+)
 _ALL_USED = """\
 All operators that the device has are used (absent: it does not have the operator). To report this result, paste the
 text above into an issue of this project."""

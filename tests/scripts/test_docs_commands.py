@@ -396,7 +396,7 @@ def test_the_servers_start_and_answer(
     """With the demo in place of the models that they name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    for name in ("model.gguf", "draft.gguf", "kimi-q4.gguf"):
+    for name in ("model.gguf", "draft.gguf", "kimi-q4.gguf", "kimi-q3.gguf"):
         (tmp_path / name).symlink_to(demo_gguf("Q8_0"))
     (tmp_path / "slots").mkdir()
     found = list(servers())
