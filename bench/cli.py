@@ -231,6 +231,6 @@ def seconds(text: str) -> float:
         found = float(text)
     except ValueError:
         found = 0.0
-    if not found > 0:
+    if not 0 < found < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, more than 0")
     return found

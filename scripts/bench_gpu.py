@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import os
 import shlex
 import shutil
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kimi_gguf.bench.cli import seconds
 from kimi_gguf.bench.device import find_device
 from kimi_gguf.bench.device_operators import TIMED
 from kimi_gguf.bench.files import atomically
@@ -395,14 +395,6 @@ def run(options: argparse.Namespace) -> int:
     return status
 
 
-def positive(text: str) -> float:
-    """Seconds of an option."""
-    seconds = float(text)
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
-    return seconds
-
-
 def arguments_parser() -> argparse.ArgumentParser:
     """The command line."""
     usual = "metal" if sys.platform == "darwin" else "cuda"
@@ -425,14 +417,14 @@ def arguments_parser() -> argparse.ArgumentParser:
     add("--again", action="store_true", help="repeat finished stages, except builds")
     add(
         "--limit",
-        type=positive,
+        type=seconds,
         default=LIMIT,
         metavar="S",
         help="seconds for each stage (default: %(default)g)",
     )
     add(
         "--total",
-        type=positive,
+        type=seconds,
         default=float("inf"),
         metavar="S",
         help="seconds for all stages (default: no limit)",

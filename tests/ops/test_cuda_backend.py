@@ -17,7 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_program import GEFORCE, GGML_OPTIONS, NATIVE, OPERATORS, SHARED
+from cuda_program import (
+    GEFORCE,
+    GGML_OPTIONS,
+    LATENT,
+    LATENT_GLUE,
+    LATENT_KERNELS,
+    NATIVE,
+    OPERATORS,
+    SHARED,
+)
 from emulators.cuda import compile_objects, link_program
 from llama_script import Logits, Setup, Step, decode, drafts_rolled_back, pauses, play, text, together
 from native_program import ggml_libraries, passed_cases, roll_back_on_device, run_program
@@ -36,7 +45,6 @@ HOST = ("fattn.cu", "topk-moe.cu", "mmvf.cu", "mmvq.cu", "quantize.cu")
 ASIDE = ("topk_moe", "mul_mat_vec_f")
 ASKS = re.compile("_use_|supported|get_to_|_ar_")  # functions of upstream that launch nothing
 KDA_FOLDER = OPERATORS / "kda" / "cuda"
-LATENT = OPERATORS / "latent_attention" / "cuda"
 MATVEC = OPERATORS / "matmul" / "cuda" / "matvec.cu"
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
 ALL = len(SPEC.layers) + 1  # the output counts as a layer
@@ -57,15 +65,14 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ggml = patched_ggml()
     upstream = ggml / "src" / "ggml-cuda"
     include, system = [KDA_FOLDER, LATENT], [ggml / "include", ggml / "src", upstream]
-    glue = [LATENT / "latent-ggml.cu", LATENT / "latent-runs.cu"]
     objects = []
     for name, sources, chosen in (
-        ("kda", [*sorted(KDA_FOLDER.glob("*.cu")), *glue, MATVEC, NATIVE.parent / "second_backend.cpp"], []),
         (
-            "latent",
-            sorted({*LATENT.glob("*.cu")} - {*glue}),
-            GEFORCE,
-        ),  # test_cuda_latent.py has the same objects
+            "kda",
+            [*sorted(KDA_FOLDER.glob("*.cu")), *LATENT_GLUE, MATVEC, NATIVE.parent / "second_backend.cpp"],
+            [],
+        ),
+        ("latent", LATENT_KERNELS, GEFORCE),  # test_cuda_latent.py has the same objects
     ):
         objects += compile_objects(
             sources,

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 from cache_cases import CACHE_CASES
-from cuda_program import AMPERE, GEFORCE, NATIVE, OPERATORS, compile_with_ggml
+from cuda_program import (
+    AMPERE,
+    GEFORCE,
+    LATENT,
+    LATENT_GLUE,
+    LATENT_KERNELS,
+    NATIVE,
+    compile_with_ggml,
+)
 from native_program import run_program
 from selection import some_of
 
@@ -17,11 +25,8 @@ from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
-FOLDER = OPERATORS / "latent_attention" / "cuda"
-GLUE = [FOLDER / "latent-ggml.cu", FOLDER / "latent-runs.cu"]  # they need ggml-cuda's headers
-KERNELS = [path for path in sorted(FOLDER.glob("*.cu")) if path not in GLUE]
-SOURCES = [*KERNELS, NATIVE / "latent-cuda-test.cpp"]
-INCLUDE = [FOLDER.parent, FOLDER]
+SOURCES = [*LATENT_KERNELS, NATIVE / "latent-cuda-test.cpp"]
+INCLUDE = [LATENT.parent, LATENT]
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
 FORMS = {"absorbed": "17", "decompressed": "37"}  # every n-th case is checked for races
 
@@ -78,10 +83,10 @@ def glue(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels are those of `program`. With GEFORCE ggml's headers would include CUDA 13's: its side has none."""
     return compile_with_ggml(
         engine,
-        [*GLUE, NATIVE / "latent-glue-test.cu"],
+        [*LATENT_GLUE, NATIVE / "latent-glue-test.cu"],
         tmp_path_factory.mktemp("glue") / "glue",
         include=INCLUDE,
-        others=(KERNELS, GEFORCE),
+        others=(LATENT_KERNELS, GEFORCE),
     )
 
 
@@ -99,7 +104,7 @@ def test_which_devices_add_in_halves(capability: str, glue: Path) -> None:
 @pytest.mark.parametrize("cases", ["53", pytest.param("7", marks=pytest.mark.full)])
 def test_upstreams_kernel_in_runs_of_keys(cases: str, engine: Engine, tmp_path: Path) -> None:
     """Upstream's own kernel and launches; its errors over the whole cache are printed, too."""
-    sources = [FOLDER / "latent-runs.cu", NATIVE / "latent-runs-test.cu"]
+    sources = [LATENT / "latent-runs.cu", NATIVE / "latent-runs-test.cu"]
     program = compile_with_ggml(
         engine, sources, tmp_path / "runs", include=INCLUDE, options=[*AMPERE, "-O1", "-w"]
     )

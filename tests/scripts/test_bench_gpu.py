@@ -27,9 +27,10 @@ ROOT = Path(__file__).parents[2]
         ("--rehearse --stage tests", "no stage tests; expected: build test times model page build-patched"),
         ("--backend cuda", "no nvidia-smi, so no NVIDIA driver"),
         ("nothing.gguf", "nothing.gguf: no such file"),
-        ("--limit soon", "invalid positive value"),
-        ("--total 0", "expected a positive number, found 0"),
-        ("--limit nan", "expected a positive number, found nan"),
+        ("--limit soon", "argument --limit: 'soon': expected seconds, more than 0"),
+        ("--total 0", "argument --total: '0': expected seconds, more than 0"),
+        ("--limit nan", "argument --limit: 'nan': expected seconds, more than 0"),
+        ("--limit inf", "argument --limit: 'inf': expected seconds, more than 0"),
     ],
 )
 def test_wrong_arguments_have_status_2(

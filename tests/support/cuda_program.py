@@ -15,6 +15,9 @@ from kimi_gguf.scripts.cuda_check import patched_ggml
 
 NATIVE = native_program.NATIVE / "cuda"
 SHARED = [native_program.NATIVE, OPERATORS, OPERATORS / "common", OPERATORS / "common" / "cuda"]
+LATENT = OPERATORS / "latent_attention" / "cuda"
+LATENT_GLUE = [LATENT / "latent-ggml.cu", LATENT / "latent-runs.cu"]  # they need ggml-cuda's headers
+LATENT_KERNELS = sorted({*LATENT.glob("*.cu")} - {*LATENT_GLUE})
 # As for a GeForce of compute capability 12.0: kernels are launched early (from 9.0 on), and weighted values
 # may be summed in halves.
 GEFORCE = ["-D__CUDA_ARCH__=1200", "-DCUDART_VERSION=13000"]
