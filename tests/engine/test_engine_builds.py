@@ -427,7 +427,7 @@ def test_doctor_without_a_device(folder: Path, name: str, status: int) -> None:
         assert "built for cuda, but there is no device" in done.stderr
     else:
         assert f"cpu {key[:8]}" in done.stdout
-        assert "no device needs the check" in done.stdout
+        assert "no GPU was checked" in done.stdout
 
 
 def test_of_several_cpu_libraries_the_one_that_ggml_loads(tmp_path: Path) -> None:

@@ -1,22 +1,31 @@
-"""0066-server-ends-with-requests: SIGTERM and Ctrl-C end the server while it answers, whatever its clients do."""
+"""0066-server-ends-with-requests: SIGTERM and Ctrl-C end the server while it answers, whatever its clients do.
+0068-server-signals: they do so at any instant.
+"""
 
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from llama_server import BUSY, ask, wait_for_slots
 
-from kimi_gguf.bench.server import running
+from kimi_gguf.bench.server import RunningServer, free_port, running
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
+SHIM = Path(__file__).parents[1] / "native" / "signal_at.c"
+PLACES = ("sigaction", "pthread_cond_broadcast")
+preloads = pytest.mark.skipif(sys.platform != "linux", reason="sends the signal through LD_PRELOAD")
 ENDLESS = {"n_predict": 10**6, "max_tokens": 10**6, "ignore_eos": True}
-REQUESTS = {
+REQUESTS: dict[str, dict[str, object]] = {
     "/completion": {"prompt": "define: river\n"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "define: river"}]},
 }
@@ -37,3 +46,47 @@ def test_clients_that_wait_get_503(
         for answer in answers:
             status, body = answer.result()
             assert status == 503 and "the server is stopping" in body
+
+
+def status_if_interrupted(
+    place: str, engine: Engine, gguf: Path, folder: Path, patience: float
+) -> int | None:
+    """The exit status of a server whose main thread gets SIGTERM at a place of signal_at.c; None if it does not end.
+
+    patience: seconds until an answer, and then the end, count as missing.
+    """
+    shim, port = folder / "signal_at.so", free_port()
+    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", shim, SHIM], check=True)
+    command = [engine.bin / "llama-server", "--model", gguf, "--threads", "1", "--port", str(port)]
+    with (folder / "server.log").open("wb") as log:
+        variables = {"LD_PRELOAD": str(shim), "SIGNAL_AT": place}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables)
+    server = RunningServer(port, folder / "server.log", process)
+    try:
+        while process.poll() is None and not server.healthy():
+            time.sleep(0.1)
+        with suppress(OSError):  # it may have ended, or end during the request
+            ask(server, "POST", "/completion", REQUESTS["/completion"] | {"n_predict": 2}, patience)
+        return process.wait(patience)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        process.kill()
+        process.wait()
+
+
+@preloads
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_at_the_worst_instant(
+    place: str, tmp_path: Path, engine: Engine, demo_gguf: Callable[[str], Path]
+) -> None:
+    assert status_if_interrupted(place, engine, demo_gguf("Q8_0"), tmp_path, BUSY) == 0
+    assert ("processing task" in (tmp_path / "server.log").read_text()) == (place != "sigaction")
+
+
+@preloads
+@pytest.mark.parametrize("place", PLACES)
+def test_upstream_waits_for_itself_or_forgets_the_signal(
+    place: str, tmp_path: Path, upstream: Engine, demo_gguf: Callable[[str], Path]
+) -> None:
+    assert status_if_interrupted(place, upstream, demo_gguf("Q8_0"), tmp_path, 8) is None

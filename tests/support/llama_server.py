@@ -124,10 +124,14 @@ class Server(RunningServer):
 
 
 def ask(
-    server: RunningServer, method: str, path: str, content: Mapping[str, Any] | None = None
+    server: RunningServer,
+    method: str,
+    path: str,
+    content: Mapping[str, Any] | None = None,
+    patience: float = BUSY,
 ) -> tuple[int, str]:
-    """Status and body of the answer to one request, also if it is an error."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=BUSY)
+    """Status and body of the answer to one request, also if it is an error; within `patience` seconds."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=patience)
     connection.request(method, path, content and json.dumps(content), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
