@@ -29,9 +29,10 @@ enum ggml_op_mark {
     GGML_OP_MARK_EXACT = 16,
 };
 
-// The operators on which GGML_OP_MARK_UNFUSED has an effect: node-fusion.cpp and ggml-metal-fuse.cpp.
+// The operators on which GGML_OP_MARK_UNFUSED has an effect: node-fusion.cpp, ggml-metal-fuse.cpp, and on CUDA norm.cu.
 static inline bool ggml_op_starts_fused_run(enum ggml_op op) {
-    return op == GGML_OP_MUL_MAT || op == GGML_OP_UNARY || op == GGML_OP_MUL || op == GGML_OP_ADD;
+    return op == GGML_OP_MUL_MAT || op == GGML_OP_UNARY || op == GGML_OP_MUL || op == GGML_OP_ADD ||
+           op == GGML_OP_RMS_NORM;
 }
 
 static inline void ggml_op_set_mark(struct ggml_tensor * node, enum ggml_op_mark mark) {

@@ -231,8 +231,9 @@ ggml_status compute_by_kernels(Device & device, ggml_backend_t cpu, ggml_cgraph 
         }
         const SecondStep step = second_kernels->step(graph, i);
         if (step.done) {
-            const std::string name = std::string("kernel ") + ggml_op_name(ggml_graph_node(graph, i)->op);
-            log_once(device, step.n_nodes > 1 ? name + " and its copy" : name);
+            const std::string name = ggml_op_name(ggml_graph_node(graph, i)->op);
+            const char *      more = name.rfind("KDA_", 0) == 0 ? " and its copy" : ", fused";
+            log_once(device, "kernel " + name + (step.n_nodes > 1 ? more : ""));
         } else {
             ggml_cgraph       nodes  = ggml_graph_view(graph, i, i + step.n_nodes);
             const ggml_status status = ggml_backend_graph_compute(cpu, &nodes);
@@ -243,6 +244,7 @@ ggml_status compute_by_kernels(Device & device, ggml_backend_t cpu, ggml_cgraph 
         ++n_steps;
         i += step.n_nodes;
     }
+    second_kernels->finish();
     return GGML_STATUS_SUCCESS;
 }
 
@@ -379,7 +381,12 @@ ggml_backend_i backend_interface() {
         ggml_backend_free((ggml_backend_t) backend->context);
         delete backend;
     };
-    i.graph_compute = backend_compute;
+    i.graph_compute  = backend_compute;
+    i.graph_optimize = [](ggml_backend_t, ggml_cgraph * graph, ggml_backend_graph_optimize_params * params) {
+        if (second_kernels && second_kernels->optimize) {
+            second_kernels->optimize(graph, params);
+        }
+    };
     return i;
 }
 

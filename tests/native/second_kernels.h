@@ -2,6 +2,7 @@
 
 // Kernels for the devices of second_backend.cpp, if another source of the library has them (cuda/second_cuda.cu).
 
+#include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 
 // Nodes that a backend computes in one call.
@@ -27,8 +28,14 @@ struct SecondKernels {
     // The next step of a graph, at node i.
     SecondStep (*step)(ggml_cgraph * graph, int i);
 
+    // Called after the last step.
+    void (*finish)();
+
     // Whether the device would launch its captured version of this graph; called once per computed graph.
     bool (*replays)(ggml_cgraph * graph);
+
+    // What the backend does with a graph before it is allocated (ggml_backend_i::graph_optimize), or nullptr.
+    void (*optimize)(ggml_cgraph * graph, ggml_backend_graph_optimize_params * params);
 
     // How many kernels, copies and fills the real backend launches for this graph.
     int (*launches)(ggml_cgraph * graph);

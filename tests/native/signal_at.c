@@ -11,7 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
-static atomic_bool handled; // SIGTERM has a handler
+static atomic_bool handled;  // SIGTERM has a handler
 static atomic_bool sent;
 
 static void signal_at(const char * place) {

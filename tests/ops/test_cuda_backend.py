@@ -23,6 +23,7 @@ from cuda_program import (
     LATENT,
     LATENT_GLUE,
     LATENT_KERNELS,
+    LATENT_STORE,
     NATIVE,
     OPERATORS,
     SHARED,
@@ -45,12 +46,20 @@ HOST = ("fattn.cu", "topk-moe.cu", "mmvf.cu", "mmvq.cu", "quantize.cu")
 ASIDE = ("topk_moe", "mul_mat_vec_f")
 ASKS = re.compile("_use_|supported|get_to_|_ar_")  # functions of upstream that launch nothing
 KDA_FOLDER = OPERATORS / "kda" / "cuda"
-MATVEC = OPERATORS / "matmul" / "cuda" / "matvec.cu"
+# They use ggml-cuda's context, whose layout depends on these definitions.
+CONTEXT = [
+    *sorted(KDA_FOLDER.glob("*.cu")),
+    *LATENT_GLUE,
+    LATENT_STORE,
+    OPERATORS / "matmul" / "cuda" / "matvec.cu",
+    OPERATORS / "fusion" / "cuda" / "norm.cu",
+]
+GRAPHS_DEFINED = [*DEFINITIONS, "-DGGML_CUDA_USE_GRAPHS"]
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
 ALL = len(SPEC.layers) + 1  # the output counts as a layer
 PUBLISHED = Spec(
-    layers="KKKMKKKM", hidden=256, heads=4, kda_head_dim=128, kv_lora=512, nope=128, rope=64, v_dim=128,
-    experts=16, experts_used=8, moe_intermediate=64, seed=43,
+    layers="KKKMKKKM", hidden=576, heads=4, kda_head_dim=128, kv_lora=512, nope=128, rope=64, v_dim=128,
+    experts=16, experts_used=8, moe_intermediate=544, seed=43,
 )  # fmt: skip
 KDA = {"KDA_CONV", "KDA_SCAN"}
 ERROR = 1e-7  # NMSE; the same bound as for the operators
@@ -67,11 +76,7 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     include, system = [KDA_FOLDER, LATENT], [ggml / "include", ggml / "src", upstream]
     objects = []
     for name, sources, chosen in (
-        (
-            "kda",
-            [*sorted(KDA_FOLDER.glob("*.cu")), *LATENT_GLUE, MATVEC, NATIVE.parent / "second_backend.cpp"],
-            [],
-        ),
+        ("context", [*CONTEXT, NATIVE.parent / "second_backend.cpp"], GRAPHS_DEFINED),
         ("latent", LATENT_KERNELS, GEFORCE),  # test_cuda_latent.py has the same objects
     ):
         objects += compile_objects(
@@ -91,7 +96,7 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder / name,
             include=[*include, *SHARED, NATIVE, upstream],
             system=system,
-            options=[*DEFINITIONS, *chosen, "-DGGML_CUDA_USE_GRAPHS", "-DNDEBUG", "-O0", "-w"],
+            options=[*GRAPHS_DEFINED, *chosen, "-DNDEBUG", "-O0", "-w"],
         )
     link = ["-shared", "-fPIC", *ggml_libraries(engine)]
     whole = link_program(objects, folder / "without-upstreams-kernels.so", link=link)
@@ -120,8 +125,15 @@ def write_missing(library: Path, engine: Engine, source: Path) -> Path:
 
 
 def ran(log: Path) -> set[str]:
-    """The kernels that ran: "DEVICE kernel OPERATOR", "... and its copy"."""
-    return {line for line in log.read_text().splitlines() if " kernel " in line}
+    """The kernels that ran: "DEVICE kernel OPERATOR", "... and its copy". Without fused nodes."""
+    return {
+        line for line in log.read_text().splitlines() if " kernel " in line and not line.endswith(", fused")
+    }
+
+
+def fused(log: Path) -> set[str]:
+    """The first operators of fused nodes that ran."""
+    return set(re.findall(r"^SECOND0 kernel (\w+), fused$", log.read_text(), re.MULTILINE))
 
 
 # Operator -> pattern of its cases; there are more than this number; whether some kernels include the following copy.
@@ -152,7 +164,7 @@ def test_the_operators_verify_themselves(backend: Path, engine: Engine, tmp_path
     variables["SECOND_LOG"] = str(log)
     report = run_program(engine.bin / "kimi-verify", **variables).stdout
     assert re.findall(r"^result\t(.+)\tpassed\t", report, re.MULTILINE) == [
-        "KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention", "LATENT_ATTN",
+        "KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention", "LATENT_ATTN", "fused nodes",
         "matmuls of one column",
     ], report  # fmt: skip
     assert {f"SECOND0 kernel {each}" for each in (*KDA, "LATENT_ATTN", "MUL_MAT", "MUL_MAT_ID")} <= ran(log)
@@ -202,6 +214,7 @@ def test_a_model_on_the_device(
     setup = Setup(backend=str(backend), n_gpu_layers=layers, offload_kqv=kqv, op_offload=False, **chosen)
     played = play(engine, model, setup, steps, SECOND_LOG=str(tmp_path / "log"))
     assert_near(played.logits, expected)
+    assert fused(tmp_path / "log") <= {"ADD", "RMS_NORM"}
     copied = " and its copy" if kqv else ""  # for any batch, cells and rows of its sequences
     assert ran(tmp_path / "log") == {f"SECOND0 kernel {each}{copied}" for each in KDA}
 
@@ -231,6 +244,30 @@ def test_a_captured_graph_is_launched_again(
     assert [again for *_, again, _ in graphs] == ["anew"] * 2 + ["again"] * (len(steps) - 2)
 
 
+# Cache type -> NMSE of the logits with and without fused nodes: a value at a boundary of Q8_1, or of the cache's type,
+# is rounded the other way.
+ERROR_OF_FUSION = {"F32": 1e-6, "F16": 1e-6, "BF16": 1e-6, "Q8_0": 1e-5, "Q4_0": 1e-3}
+
+
+@pytest.mark.parametrize("cache_type", some_of(ERROR_OF_FUSION, "Q8_0"))
+def test_a_decoded_token_with_quantized_weights(
+    cache_type: str, backend: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """The emulator computes its matmuls, in both models from inputs in Q8_1."""
+    model = make_gguf(tmp_path, replace(PUBLISHED, layers="KM"), "Q8_0")
+    steps = [together(IDS, i) for i in range(3)]
+    setup = Setup(backend=str(backend), n_gpu_layers=99, flash_attention=True, cache_type=cache_type)
+    logits = {}
+    for operators in ("", "conv,scan,mla,moe,batch,plain"):
+        log = tmp_path / f"log-{operators}"
+        switches = {"KIMI_OPS": operators, "SECOND_LOG": str(log), "SECOND_MATVEC": "1"}
+        logits[operators] = play(engine, model, setup, steps, **switches).logits
+        norms = fused(log) & {"ADD", "RMS_NORM"}
+        assert norms == (set() if operators else {"ADD", "RMS_NORM"})
+    without = logits.pop("conv,scan,mla,moe,batch,plain")
+    assert_near(logits[""], without, ERROR_OF_FUSION[cache_type])
+
+
 # Rows of the README's table: origin of the graph -> KIMI_OPS.
 GRAPHS = {"upstream's, `KIMI_OPS=off`": "off", "these operators": ""}
 
@@ -250,18 +287,18 @@ def test_how_much_ggml_cuda_launches_for_a_token(
 
 # Steps of an MLA layer by the names of their last nodes, as the README groups them; nodes without a name are `node`.
 STEPS = {
-    "norms": ("attn_norm", "node RMS_NORM MUL", "ffn_norm"),
+    "residual of the layer before, both norms": ("l_out", "attn_norm", "ffn_norm"),
     "q and kv_a": ("node MUL_MAT", "node MUL_MAT MUL_MAT"),
-    "k_b": ("q_nope_absorbed",),
-    "q and the new key put together, the key stored": ("Qcur", "Kcur", "cache_k (view)"),
+    "k_b, q put together": ("q_nope_absorbed", "Qcur"),
+    "the new key: norm, put together, stored": ("node RMS_NORM MUL", "Kcur", "cache_k (view)"),
     "attention": ("node FLASH_ATTN_EXT",),
-    "v_b, and its result made contiguous": ("fattn_mla", "fattn_mla (permuted) (cont)"),
+    "v_b, its result made contiguous": ("fattn_mla", "fattn_mla (permuted) (cont)"),
     "output matmul with the residual": ("ffn_inp",),
     "router": ("ffn_moe_logits", "ffn_moe_weights_scaled"),
     "experts: gate and up, down": ("ffn_moe_swiglu", "ffn_moe_down"),
-    "experts: weighted sum": ("ffn_moe_weighted", "ffn_moe_out"),
+    "experts: weighted sum": ("ffn_moe_out",),
     "shared expert: gate, up and SwiGLU": ("ffn_gate", "ffn_up", "ffn_swiglu"),
-    "shared expert: down with the sum, residual": ("ffn_out", "l_out"),
+    "shared expert: down with the sum": ("ffn_out",),
 }
 
 
@@ -285,8 +322,14 @@ def launch_table(upstream: Counter[str], ours: Counter[str]) -> list[str]:
     return [f"| {step} | {before} | {after} |" for step, (before, after) in counts.items()]
 
 
-# Layer -> layers of two models that differ by one such layer, with experts; most launches, as a share of upstream's.
-ONE_LAYER = {"KDA": ("KM", "KKM", 0.6), "MLA": ("KM", "KMM", 1.05)}
+# Layer -> layers of two models that differ by one such layer, with experts; the device's compute capability; most
+# launches, as a share of upstream's.
+ONE_LAYER = {
+    "KDA": ("KM", "KKM", "800", 0.6),
+    "MLA": ("KM", "KMM", "800", 0.6),
+    "KDA, GeForce": ("KM", "KKM", "890", 0.6),
+    "MLA, GeForce": ("KM", "KMM", "890", 0.8),
+}
 
 
 @pytest.mark.parametrize("layer", ONE_LAYER)
@@ -294,7 +337,7 @@ def test_how_much_ggml_cuda_launches_for_a_layer(
     layer: str, backend: Path, engine: Engine, tmp_path: Path
 ) -> None:
     """A token of one sequence; upstream's graph runs on the same ggml-cuda, fused as there."""
-    *models, most = ONE_LAYER[layer]
+    *models, capability, most = ONE_LAYER[layer]
     setup = Setup(flash_attention=True, cache_type="F16")
     steps = [together(IDS, i) for i in range(4)]
     counts, steps_of_layer = {}, {}
@@ -304,7 +347,11 @@ def test_how_much_ggml_cuda_launches_for_a_layer(
             model = make_gguf(tmp_path / f"{layers}-{operators}", replace(PUBLISHED, layers=layers), "Q8_0")
             log = tmp_path / f"{layers}-{operators}.log"
             steps_log = tmp_path / f"{layers}-{operators}.steps"
-            switches = {"KIMI_OPS": operators, "SECOND_LAUNCHES": str(steps_log)}
+            switches = {
+                "KIMI_OPS": operators,
+                "SECOND_LAUNCHES": str(steps_log),
+                "SECOND_CAPABILITY": capability,
+            }
             graphs = graphs_of(engine, model, backend, setup, steps, log, **switches)
             of_models.append(int(graphs[-1][-1]))
             of_steps.append(launches_of_steps(steps_log))
@@ -492,16 +539,17 @@ def test_the_scratch_of_latent_attn_is_reserved(backend: Path, published: Path, 
     assert compute_buffer(engine, published, backend, replace(setup, n_ubatch=64), "") < scratch
 
 
-def test_the_scratch_of_kda_scan_is_reserved(backend: Path, published: Path, engine: Engine) -> None:
+def test_the_scratch_of_kda_scan_is_reserved(backend: Path, engine: Engine, tmp_path: Path) -> None:
     """Of its four heads: two runs of four chunks. A device without these kernels reserves none.
 
     Not all of it is visible: without it, other nodes of the graph need most memory.
     """
+    model = make_gguf(tmp_path, replace(PUBLISHED, hidden=256, moe_intermediate=64), "Q8_0")
     scratch = 2 * 4 * 4 * 139 / 1024
     setup = Setup(backend=str(backend), n_gpu_layers=99, flash_attention=True, n_ubatch=300, cells=512)
     sizes = {}
     for capability in ("800", "750"):
-        log = play(engine, published, setup, [together(IDS, 0)], SECOND_CAPABILITY=capability).log
+        log = play(engine, model, setup, [together(IDS, 0)], SECOND_CAPABILITY=capability).log
         sizes[capability] = float(COMPUTE_BUFFER.findall(log)[-1])
     assert scratch / 4 < sizes["800"] - sizes["750"] < scratch
 

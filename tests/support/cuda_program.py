@@ -17,7 +17,8 @@ NATIVE = native_program.NATIVE / "cuda"
 SHARED = [native_program.NATIVE, OPERATORS, OPERATORS / "common", OPERATORS / "common" / "cuda"]
 LATENT = OPERATORS / "latent_attention" / "cuda"
 LATENT_GLUE = [LATENT / "latent-ggml.cu", LATENT / "latent-runs.cu"]  # they need ggml-cuda's headers
-LATENT_KERNELS = sorted({*LATENT.glob("*.cu")} - {*LATENT_GLUE})
+LATENT_STORE = LATENT / "latent-store.cu"  # so does this
+LATENT_KERNELS = sorted({*LATENT.glob("*.cu")} - {*LATENT_GLUE, LATENT_STORE})
 # As for a GeForce of compute capability 12.0: kernels are launched early (from 9.0 on), and weighted values
 # may be summed in halves.
 GEFORCE = ["-D__CUDA_ARCH__=1200", "-DCUDART_VERSION=13000"]
@@ -58,12 +59,21 @@ def compile_cuda(
 
 
 def compile_with_mmvq(
-    engine: Engine, test: str, folder: Path, *, options: Sequence[str] = (), races: bool = False
+    engine: Engine,
+    test: str,
+    folder: Path,
+    *,
+    more: Sequence[str] = (),
+    options: Sequence[str] = (),
+    races: bool = False,
 ) -> Path:
-    """The program of tests/native/cuda/TEST.cu, with the patched ggml-cuda's matmuls of one to eight columns."""
+    """The program of tests/native/cuda/TEST.cu, with the patched ggml-cuda's matmuls of one to eight columns.
+
+    more: other sources of the patched ggml-cuda.
+    """
     ggml = patched_ggml()
     upstream = ggml / "src" / "ggml-cuda"
-    kernels = [upstream / name for name in ("mmvq.cu", "quantize.cu", "kimi/matvec.cu")]
+    kernels = [upstream / name for name in ("mmvq.cu", "quantize.cu", "kimi/matvec.cu", *more)]
     objects = compile_objects(
         [*kernels, NATIVE / f"{test}.cu"],
         folder,

@@ -2,6 +2,8 @@
 // a value of the column that it has loaded serves twice and loads of both rows are in flight together. One, two or four
 // warps share two rows: so many that the multiprocessors have enough warps (warps_per_rows).
 //
+// Short columns are quantized by each block, so they need no launch in front of the matmul.
+//
 // A launch computes up to eight matrices that multiply the same column, or two of which one is the gate of a GLU. Before
 // the kernel waits for the previous one, it prefetches rows of weights into the L2 cache. What the previous kernel still
 // writes also goes through that cache.
@@ -29,12 +31,17 @@ int ggml_cuda_matvec_group(ggml_backend_cuda_context &, const ggml_cgraph *, int
     return 0;
 }
 
+int ggml_cuda_matvec_concat(ggml_backend_cuda_context &, const ggml_cgraph *, int) {
+    return 0;
+}
+
 #else
 
 #include "ggml-impl.h"
 #include "ggml-op-marks.h"
 #include "kimi-device.cuh"
 #include "kimi-launch.cuh"
+#include "kimi-q8_1.cuh"
 #include "mmvq.cuh"
 #include "unary.cuh"
 #include "vecdotq.cuh"
@@ -44,9 +51,10 @@ int ggml_cuda_matvec_group(ggml_backend_cuda_context &, const ggml_cgraph *, int
 namespace matvec_cuda {
 
 constexpr int LANES        = 32;
-constexpr int WARPS        = 4;  // per block
-constexpr int ROWS         = 2;  // that one to four warps compute together
-constexpr int MAX_MATRICES = 8;  // per launch
+constexpr int WARPS        = 4;                                        // per block
+constexpr int ROWS         = 2;                                        // that one to four warps compute together
+constexpr int MAX_MATRICES = 8;                                        // per launch
+constexpr int MAX_SHORT = WARPS * LANES * kimi_cuda::VALUES_PER_LANE;  // values of a column that each block quantizes
 
 // Measured on an H200, with ten types and 29 shapes (docs/measure-on-gpu.md).
 constexpr int     ENOUGH_WARPS = 30;    // per multiprocessor: with fewer, more warps share two rows
@@ -88,14 +96,18 @@ struct matrix {
 struct products {
     matrix             matrices[MAX_MATRICES];
     int                n_matrices;
-    const char *       gate;  // of the only matrix, or nullptr
-    const block_q8_1 * input;
+    const char *       gate;    // of the only matrix, or nullptr
+    const block_q8_1 * input;   // nullptr: `values` is the input
+    const float *      values;  // columns of up to MAX_SHORT values
+    const float *      tail;    // copied behind the results of each slot, or nullptr
+    int                n_tail;
+    int64_t            tail_values;        // from slot to slot
     const int32_t *    ids;                // the expert of each slot, or nullptr
     int                n_blocks;           // of quants in a row
     int                row_blocks;         // from row to row
     int64_t            channel_bytes;      // from matrix to matrix of a batch, from expert to expert
     int64_t            channel_values;     // of the result, from slot to slot
-    int                input_blocks;       // from column to column of the input
+    int64_t            input_stride;       // from column to column of the input: blocks, or values
     int                n_inputs;           // columns of the input, for slots of experts
     int                slots_per_channel;  // without experts
 };
@@ -119,12 +131,14 @@ static __device__ __forceinline__ void prefetch(const char * from, int n_bytes, 
 }
 
 // Block (x, y): rows of a matrix by slot y (a matrix of a batch, or an expert). out = W x, or silu(gate x) * W x.
-template <ggml_type TYPE, bool GATED>
+// SHORT: the input are floats.
+template <ggml_type TYPE, bool GATED, bool SHORT>
 static __global__ void __launch_bounds__(WARPS * LANES, 1) multiply(const IN_CONSTANT_MEMORY products p) {
     using type                   = format<TYPE>;
     constexpr int    LANES_BLOCK = type::qi / type::ints;  // lanes that share a block of quants
     constexpr int    SUMS        = GATED ? 2 * ROWS : ROWS;
     __shared__ float parts[WARPS][SUMS][LANES];
+    static_assert(!GATED || !SHORT);
 
     kimi_cuda::let_next_begin();
     const int lane = threadIdx.x, warp = threadIdx.y, slot = blockIdx.y;
@@ -154,8 +168,18 @@ static __global__ void __launch_bounds__(WARPS * LANES, 1) multiply(const IN_CON
     const int64_t channel = (p.ids ? p.ids[slot] : slot / p.slots_per_channel) * p.channel_bytes;
     const char *  up      = p.matrices[m].weights + channel;
     const char *  gate    = GATED ? p.gate + channel : nullptr;
-    const auto *  input   = p.input + int64_t(p.ids ? slot % p.n_inputs : slot) * p.input_blocks;
-    int           at[ROWS];
+    const int64_t column  = (p.ids ? slot % p.n_inputs : slot) * p.input_stride;
+    const auto *  input   = p.input + (SHORT ? 0 : column);
+    if constexpr (SHORT) {
+        __shared__ block_q8_1 quantized[MAX_SHORT / QK8_1];
+        const int             value = (warp * LANES + lane) * kimi_cuda::VALUES_PER_LANE;
+        const bool            any   = value < p.n_blocks * type::qk;
+        const float4 x = any ? kimi_cuda::load4(p.values + column + value) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        kimi_cuda::quantize_q8_1(quantized, value, x, any);
+        input = quantized;
+        __syncthreads();
+    }
+    int at[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         at[r] = min(row + r, n_rows - 1) * p.row_blocks;
@@ -204,6 +228,11 @@ static __global__ void __launch_bounds__(WARPS * LANES, 1) multiply(const IN_CON
             out[row + r] = sum;
         }
     }
+    if (SHORT && p.tail != nullptr && blockIdx.x == 0 && warp == 0) {
+        for (int i = lane; i < p.n_tail; i += LANES) {
+            out[n_rows + i] = p.tail[slot * p.tail_values + i];
+        }
+    }
 }
 
 static int ceil_div(int64_t n, int64_t by) {
@@ -236,9 +265,11 @@ static void launch(products & p, int64_t n_slots, int n_multiprocessors, cudaStr
     }
     const dim3 grid(n_blocks, n_slots), block(LANES, WARPS);
     if (p.gate != nullptr) {
-        kimi_cuda::launch_early<multiply<TYPE, true>>(grid, block, 0, stream, p);
+        kimi_cuda::launch_early<multiply<TYPE, true, false>>(grid, block, 0, stream, p);
+    } else if (p.input != nullptr) {
+        kimi_cuda::launch_early<multiply<TYPE, false, false>>(grid, block, 0, stream, p);
     } else {
-        kimi_cuda::launch_early<multiply<TYPE, false>>(grid, block, 0, stream, p);
+        kimi_cuda::launch_early<multiply<TYPE, false, true>>(grid, block, 0, stream, p);
     }
     CUDA_CHECK(cudaGetLastError());
 }
@@ -297,10 +328,59 @@ static bool fits_a_group(const ggml_tensor * node) {
            node->type == GGML_TYPE_F32 && ggml_is_contiguous(node);
 }
 
+// Whether each block can quantize a column for itself.
+static bool is_short(const ggml_tensor * columns) {
+    return columns->ne[0] <= MAX_SHORT && columns->nb[0] == sizeof(float) && kimi_cuda::is_aligned4(columns->data) &&
+           columns->nb[1] % sizeof(float4) == 0 && columns->nb[2] % sizeof(float4) == 0;
+}
+
 static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
     const char * first  = static_cast<const char *>(a->data);
     const char * second = static_cast<const char *>(b->data);
     return first < second + ggml_nbytes(b) && second < first + ggml_nbytes(a);
+}
+
+static int64_t n_slots(const ggml_tensor * ids, const ggml_tensor * dst) {
+    return dst->ne[ids ? 1 : 2];
+}
+
+// Whether this kernel computes a node, also with what it is fused with.
+static bool is_served(int                                   device,
+                      const ggml_tensor *                   src0,
+                      const ggml_tensor *                   ids,
+                      const ggml_tensor *                   dst,
+                      const ggml_cuda_mm_fusion_args_host * fusion) {
+    const bool gated = fusion != nullptr && fusion->gate != nullptr;
+    const bool other = fusion != nullptr && (fusion->x_bias || fusion->gate_bias || fusion->x_scale ||
+                                             fusion->gate_scale || !gated || fusion->glu_op != GGML_GLU_OP_SWIGLU);
+    return launcher_of(src0->type) != nullptr && !other && !is_marked(dst) && dst->ne[ids ? 2 : 1] == 1 &&
+           dst->ne[3] == 1 && is_faster(device, src0->type, src0->ne[0], src0->ne[1] * n_slots(ids, dst), gated);
+}
+
+// One matrix, or one of a batch or of experts, without a gate. q8_1: nullptr if each block quantizes the column.
+static products products_of(const ggml_tensor * src0,
+                            const ggml_tensor * src1,
+                            const ggml_tensor * ids,
+                            const ggml_tensor * dst,
+                            const void *        q8_1) {
+    products p    = {};
+    p.matrices[0] = { static_cast<const char *>(src0->data), static_cast<float *>(dst->data), int(src0->ne[1]), 0, 0 };
+    p.n_matrices  = 1;
+    p.input       = static_cast<const block_q8_1 *>(q8_1);
+    p.values      = static_cast<const float *>(src1->data);
+    p.ids         = ids ? static_cast<const int32_t *>(ids->data) : nullptr;
+    p.n_blocks    = src0->ne[0] / ggml_blck_size(src0->type);
+    p.row_blocks  = src0->nb[1] / ggml_type_size(src0->type);
+    p.channel_bytes  = src0->nb[2];
+    p.channel_values = dst->nb[ids ? 1 : 2] / sizeof(float);
+    p.input_stride   = q8_1 ? GGML_PAD(src1->ne[0], MATRIX_ROW_PADDING) / QK8_1 : src1->nb[ids ? 1 : 2] / sizeof(float);
+    p.n_inputs       = src1->ne[1];
+    p.slots_per_channel = ids ? 1 : dst->ne[2] / src0->ne[2];
+    return p;
+}
+
+static void launch(ggml_backend_cuda_context & ctx, ggml_type type, products & p, int64_t n_slots) {
+    launcher_of(type)(p, n_slots, ggml_cuda_info().devices[ctx.device].nsm, ctx.stream());
 }
 
 }  // namespace matvec_cuda
@@ -319,36 +399,59 @@ bool ggml_cuda_matvec(ggml_backend_cuda_context &           ctx,
                       const ggml_cuda_matvec_others *       others,
                       const void *                          q8_1) {
     using namespace matvec_cuda;
-    const launcher launch = launcher_of(src0->type);
-    const bool     gated  = fusion != nullptr && fusion->gate != nullptr;
-    const bool     fused  = fusion != nullptr && (fusion->x_bias || fusion->gate_bias || fusion->x_scale ||
-                                                  fusion->gate_scale || !gated || fusion->glu_op != GGML_GLU_OP_SWIGLU);
-    const int64_t  columns = ids ? dst->ne[2] : dst->ne[1];
-    const int64_t  n_slots = ids ? dst->ne[1] : dst->ne[2];
-    if (others == nullptr && (launch == nullptr || fused || is_marked(dst) || columns != 1 || dst->ne[3] != 1 ||
-                              !is_faster(ctx.device, src0->type, src0->ne[0], src0->ne[1] * n_slots, gated))) {
+    const bool gated = fusion != nullptr && fusion->gate != nullptr;
+    if ((others == nullptr && !is_served(ctx.device, src0, ids, dst, fusion)) ||
+        (q8_1 == nullptr && (gated || !is_short(src1)))) {
         return false;
     }
-    products p    = {};
-    p.matrices[0] = { static_cast<const char *>(src0->data), static_cast<float *>(dst->data), int(src0->ne[1]), 0, 0 };
-    p.n_matrices  = 1;
-    p.gate        = gated ? static_cast<const char *>(fusion->gate->data) : nullptr;
-    p.input       = static_cast<const block_q8_1 *>(q8_1);
-    p.ids         = ids ? static_cast<const int32_t *>(ids->data) : nullptr;
-    p.n_blocks    = src0->ne[0] / ggml_blck_size(src0->type);
-    p.row_blocks  = src0->nb[1] / ggml_type_size(src0->type);
-    p.channel_bytes     = src0->nb[2];
-    p.channel_values    = dst->nb[ids ? 1 : 2] / sizeof(float);
-    p.input_blocks      = GGML_PAD(src1->ne[0], MATRIX_ROW_PADDING) / QK8_1;
-    p.n_inputs          = src1->ne[1];
-    p.slots_per_channel = ids ? 1 : dst->ne[2] / src0->ne[2];
+    products p = products_of(src0, src1, ids, dst, q8_1);
+    p.gate     = gated ? static_cast<const char *>(fusion->gate->data) : nullptr;
     for (int i = 0; others != nullptr && i < others->n; ++i) {
         const ggml_tensor * node   = others->nodes[i];
         p.matrices[p.n_matrices++] = { static_cast<const char *>(node->src[0]->data), static_cast<float *>(node->data),
                                        int(node->src[0]->ne[1]), 0, 0 };
     }
-    launch(p, n_slots, ggml_cuda_info().devices[ctx.device].nsm, ctx.stream());
+    launch(ctx, src0->type, p, n_slots(ids, dst));
     return true;
+}
+
+int ggml_cuda_matvec_concat(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {
+    using namespace matvec_cuda;
+    const ggml_tensor * node = cgraph->nodes[i];
+    int                 last = i + 1;
+    while (last < cgraph->n_nodes && ggml_op_is_empty(cgraph->nodes[last]->op)) {
+        ++last;
+    }
+    if (node->op != GGML_OP_MUL_MAT || last >= cgraph->n_nodes || cgraph->nodes[last]->op != GGML_OP_CONCAT ||
+        ctx.has_q8_1(node->src[1]) || ggml_op_has_mark(node, GGML_OP_MARK_UNFUSED) ||
+        ggml_backend_buffer_get_usage(node->src[0]->buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS) {
+        return 0;
+    }
+    const ggml_tensor * x      = node->src[1];
+    const ggml_tensor * concat = cgraph->nodes[last];
+    const ggml_tensor * head   = concat->src[0];
+    const ggml_tensor * tail   = concat->src[1];
+    const int     nodes[] = { i, int(std::find(cgraph->nodes + i, cgraph->nodes + last, head) - cgraph->nodes), last };
+    const ggml_op ops[]   = { GGML_OP_MUL_MAT, GGML_OP_PERMUTE, GGML_OP_CONCAT };
+    if (!ggml_can_fuse_subgraph_ext(cgraph, nodes, 3, ops, &last, 1) || head->src[0] != node ||
+        node->type != GGML_TYPE_F32 || x->type != GGML_TYPE_F32 || !is_short(x) ||
+        !is_served(ctx.device, node->src[0], nullptr, node, nullptr)) {
+        return 0;
+    }
+    const bool in_rows = head->ne[0] == node->ne[0] && head->ne[1] == node->ne[2] && head->nb[1] == node->nb[2] &&
+                         ggml_nrows(head) == node->ne[2] && ggml_nrows(tail) == node->ne[2];
+    if (!in_rows || ggml_get_op_params_i32(concat, 0) != 0 || tail->type != GGML_TYPE_F32 ||
+        tail->nb[0] != sizeof(float) || !ggml_is_contiguous(concat) || overlap(concat, x) || overlap(concat, tail)) {
+        return 0;
+    }
+    products p        = products_of(node->src[0], x, nullptr, node, nullptr);
+    p.matrices[0].out = static_cast<float *>(concat->data);
+    p.channel_values  = concat->ne[0];
+    p.tail            = static_cast<const float *>(tail->data);
+    p.n_tail          = static_cast<int>(tail->ne[0]);
+    p.tail_values     = tail->nb[1] / sizeof(float);
+    launch(ctx, node->src[0]->type, p, node->ne[2]);
+    return last - i;
 }
 
 int ggml_cuda_matvec_group(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {

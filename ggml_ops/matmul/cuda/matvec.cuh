@@ -15,8 +15,8 @@ struct ggml_cuda_matvec_others {
 };
 
 // Computes `dst`, if the kernel is made for the device, the type and `fusion`; false: it is not. `q8_1` has the columns of
-// src1 in Q8_1, padded to MATRIX_ROW_PADDING. With `others`, the result is true: their nodes came from
-// ggml_cuda_matvec_group.
+// src1 in Q8_1, padded to MATRIX_ROW_PADDING, or is nullptr: then only short columns without a gate are multiplied. With
+// `others` and `q8_1`, the result is true: their nodes came from ggml_cuda_matvec_group.
 bool ggml_cuda_matvec(ggml_backend_cuda_context &           ctx,
                       const ggml_tensor *                   src0,
                       const ggml_tensor *                   src1,
@@ -29,3 +29,7 @@ bool ggml_cuda_matvec(ggml_backend_cuda_context &           ctx,
 // Computes the MUL_MAT nodes in a row from node i on that multiply the same column by matrices of one type, in one launch.
 // Returns the number of nodes after node i that are then done; 0: nothing was computed.
 int ggml_cuda_matvec_group(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);
+
+// Computes the MUL_MAT node i, a batch of matrices with a short column each, and the CONCAT that puts another tensor behind
+// each result, in one launch. Returns as ggml_cuda_matvec_group.
+int ggml_cuda_matvec_concat(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);

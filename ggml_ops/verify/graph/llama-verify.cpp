@@ -28,9 +28,10 @@ static bool holds_tensors(const llama_model & model, ggml_backend_dev_t dev) {
     return false;
 }
 
-// ggml-metal-fuse.cpp
+// ggml-metal-fuse.cpp, and on CUDA norm.cu
 static bool fuses_nodes(ggml_backend_dev_t dev) {
-    return strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "MTL") == 0;
+    const char * registry = ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev));
+    return strcmp(registry, "MTL") == 0 || strcmp(registry, "CUDA") == 0;
 }
 
 // The devices that may compute nodes of the model.

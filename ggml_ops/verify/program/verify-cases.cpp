@@ -372,16 +372,6 @@ static Built build_norm(Inputs & in, const NormShape & n) {
     return { { norm }, { whole(sum), whole(norm) }, {} };
 }
 
-// Matmuls of one column
-
-enum class Matvec { group, few_rows, many_rows, batch, experts, gated_experts, gated };
-
-static std::string name_of(Matvec kind, ggml_type type) {
-    static const char * const names[] = { "several matrices", "few rows",           "many rows", "a batch",
-                                          "experts",          "experts with gates", "gates" };
-    return std::string(ggml_type_name(type)) + ", " + names[(int) kind];
-}
-
 // Whole numbers, of which one in each block of 32 is 127 or -127: quantizing them to 8 bits changes nothing, in blocks of
 // 32 or of 256. So device and CPU multiply the same numbers.
 static ggml_tensor * make_columns(Inputs & in, int64_t n, int64_t n_columns, int64_t n_batches) {
@@ -390,6 +380,32 @@ static ggml_tensor * make_columns(Inputs & in, int64_t n, int64_t n_columns, int
         values[i] = i % 32 == 5 ? (i % 3 ? 127.0f : -127.0f) : std::round(values[i]);
     }
     return in.tensor(GGML_TYPE_F32, { n, n_columns, n_batches, 1 }, values);
+}
+
+// The norm of a token, and a matmul for which CUDA quantizes it in the norm's kernel. All values of the sum are 1 or -1, so
+// the norm is whole numbers times almost 1.
+static Built build_norm_and_product(Inputs & in) {
+    constexpr int64_t N      = 2304;
+    Floats            halves = in.normal(N, 0, 1);
+    for (float & x : halves) {
+        x = x < 0 ? -0.5f : 0.5f;
+    }
+    const auto    row     = [&] { return in.tensor(GGML_TYPE_F32, { N, 1, 1, 1 }, halves); };
+    ggml_tensor * sum     = ggml_add(in.ctx, row(), row());
+    ggml_tensor * norm    = ggml_mul(in.ctx, ggml_rms_norm(in.ctx, sum, 1e-5f), make_columns(in, N, 1, 1));
+    ggml_tensor * weights = in.repeated(GGML_TYPE_Q8_0, { N, 40, 1, 1 }, in.normal(N * 13, 0, 1));
+    ggml_tensor * product = ggml_mul_mat(in.ctx, weights, norm);
+    return { { product }, { whole(sum), whole(norm), whole(product) }, {} };
+}
+
+// Matmuls of one column
+
+enum class Matvec { group, few_rows, many_rows, batch, experts, gated_experts, gated };
+
+static std::string name_of(Matvec kind, ggml_type type) {
+    static const char * const names[] = { "several matrices", "few rows",           "many rows", "a batch",
+                                          "experts",          "experts with gates", "gates" };
+    return std::string(ggml_type_name(type)) + ", " + names[(int) kind];
 }
 
 // CUDA's kernel accepts rows of up to 4096 values. Without a gate it needs at least 2048 rows, or rows of up to 2304 values
@@ -500,10 +516,13 @@ std::vector<Case> cases_of(ggml_verify_part part) {
         for (const RouterShape & n : routers) {
             cases.push_back({ name_of(n), BOUND, [n](Inputs & in) { return build_router(in, n); } });
         }
-        const NormShape norms[] = { { 2304, 1, 1, 1 }, { 2304, 7, 2, 100 }, { 36, 3, 1, 1e-3f }, { 8192, 2, 2, 1 } };
+        // CUDA fuses one token and one sum
+        const NormShape norms[] = { { 2304, 1, 1, 1 },   { 8192, 1, 1, 100 }, { 32, 1, 1, 1e-3f },
+                                    { 2304, 7, 2, 100 }, { 36, 3, 1, 1e-3f }, { 8192, 2, 2, 1 } };
         for (const NormShape & n : norms) {
             cases.push_back({ name_of(n), BOUND, [n](Inputs & in) { return build_norm(in, n); } });
         }
+        cases.push_back({ "norm and matmul of 1 token", BOUND, build_norm_and_product, true });
     }
     if (part == GGML_VERIFY_MATVEC) {
         for (const ggml_type type :

@@ -1,9 +1,8 @@
 // Quantized matrices times one column (ggml_ops/matmul/cuda), next to upstream's kernel on the same Q8_1 input: types,
-// numbers of rows and columns, batches, experts, gates, and several nodes in one launch.
+// numbers of rows and columns, batches, experts, gates, several nodes in one launch, and columns that the kernel quantizes.
 
 #include "check.h"
-#include "ggml-backend.h"
-#include "ggml-cuda-standin.cuh"
+#include "device-graph.cuh"
 #include "ggml-op-marks.h"
 #include "kimi/matvec.cuh"
 #include "mmvq.cuh"
@@ -12,50 +11,16 @@
 #include <cmath>
 #include <map>
 #include <memory>
-#include <random>
 #include <vector>
 
 using namespace cuda_emulator;
 
-constexpr int DATA_CENTRE = 800, GEFORCE = 890;  // compute capabilities
+constexpr int     DATA_CENTRE = 800, GEFORCE = 890;  // compute capabilities
+constexpr int64_t SHORT = 512;                       // values of the longest column that the kernel quantizes
 
-static std::mt19937 rng(1);
-
-// Tensors with their data on the emulated device, each in an array of its own.
-struct Graph {
-    ggml_context *                                  ctx = ggml_init({ 8 << 20, nullptr, true });
-    ggml_backend_buffer_t                           weights, results;
-    ggml_backend_cuda_context                       cuda{ 0 };
-    std::vector<std::unique_ptr<DeviceArray<char>>> arrays;
-
+struct Graph : DeviceGraph {
     // Upstream's kernel of several rows per block reads, and does not use, rows after the last one.
     std::map<const ggml_tensor *, std::unique_ptr<DeviceArray<char>>> for_upstream;
-
-    Graph() {
-        weights = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), 16);
-        results = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), 16);
-        ggml_backend_buffer_set_usage(weights, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-        ggml_backend_buffer_set_usage(results, GGML_BACKEND_BUFFER_USAGE_COMPUTE);
-    }
-
-    ~Graph() {
-        cuda.begin_node(nullptr);
-        ggml_backend_buffer_free(weights);
-        ggml_backend_buffer_free(results);
-        ggml_free(ctx);
-    }
-
-    ggml_tensor * place(ggml_tensor * t, ggml_backend_buffer_t buffer) {
-        arrays.push_back(std::make_unique<DeviceArray<char>>(ggml_nbytes(t)));
-        t->data   = arrays.back()->data();
-        t->buffer = buffer;
-        return t;
-    }
-
-    ggml_tensor * result(ggml_tensor * t) {
-        t->flags |= GGML_TENSOR_FLAG_COMPUTE;
-        return place(t, results);
-    }
 
     ggml_tensor * matrix(ggml_type type, int64_t n_columns, int64_t n_rows, int64_t n_matrices = 1) {
         ggml_tensor * t = place(ggml_new_tensor_3d(ctx, type, n_columns, n_rows, n_matrices), weights);
@@ -69,15 +34,6 @@ struct Graph {
         std::vector<char> longer(data, data + ggml_nbytes(t));
         longer.resize(longer.size() + 4 * t->nb[1]);
         for_upstream[t] = std::make_unique<DeviceArray<char>>(longer);
-        return t;
-    }
-
-    ggml_tensor * column(int64_t n, int64_t n_columns = 1, int64_t n_batches = 1) {
-        ggml_tensor * t = place(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, n_columns, n_batches), results);
-        std::normal_distribution<float> normal;
-        for (int64_t i = 0; i < ggml_nelements(t); ++i) {
-            static_cast<float *>(t->data)[i] = normal(rng);
-        }
         return t;
     }
 
@@ -128,6 +84,12 @@ struct Graph {
         return serves_as(capability, node, node, fusion);
     }
 
+    // The same, with a column that the kernel quantizes.
+    bool serves_floats(int capability, ggml_tensor * node, const ggml_cuda_mm_fusion_args_host * fusion = nullptr) {
+        standin_capability = capability;
+        return ggml_cuda_matvec(cuda, node->src[0], node->src[1], node->src[2], node, fusion, nullptr, nullptr);
+    }
+
     // dst: the node itself or a GLU, for whose result there is a node.
     bool serves_as(int                                   capability,
                    ggml_tensor *                         node,
@@ -141,14 +103,6 @@ struct Graph {
         quantize_row_q8_1_cuda(static_cast<const float *>(x->data), nullptr, input.data(), node->src[0]->type, x->ne[0],
                                s1, s2, s3, ne, x->ne[1], x->ne[2], x->ne[3], cuda.stream());
         return ggml_cuda_matvec(cuda, node->src[0], x, node->src[2], dst, fusion, nullptr, input.data());
-    }
-
-    std::vector<float> values(const ggml_tensor * node) {
-        CUDA_CHECK(cudaStreamSynchronize(cuda.stream()));
-        const float *      data = static_cast<const float *>(node->data);
-        std::vector<float> result(data, data + ggml_nelements(node));
-        memset(node->data, 0xff, ggml_nbytes(node));  // NaN, for the next kernel
-        return result;
     }
 };
 
@@ -171,7 +125,11 @@ static void expect_as_upstream(Graph & g, ggml_tensor * node, const ggml_tensor 
     const bool               serves = g.serves(DATA_CENTRE, node, fused);
     expect(serves, what + ": served");
     if (serves) {
-        expect_same(g.values(node), want, what);
+        const std::vector<float> got = g.values(node);
+        expect_same(got, want, what);
+        const bool is_short = node->src[1]->ne[0] <= SHORT && gate == nullptr;
+        expect(g.serves_floats(DATA_CENTRE, node, fused) == is_short, what + ": served without Q8_1");
+        expect(!is_short || g.values(node) == got, what + ": the same bits without Q8_1");
     }
 }
 
@@ -197,19 +155,24 @@ static void test_products(ggml_type type, int n_multiprocessors) {
         ggml_tensor *       node = g.result(ggml_mul_mat(g.ctx, up, g.column(512)));
         expect_as_upstream(g, node, gate, name + text(", %d rows and a gate", int(n_rows)));
     }
-    for (const int64_t n_inputs : { 1, 3 }) {  // of experts
-        Graph               g;
-        ggml_tensor *       up   = g.matrix(type, 768, 701, 5);  // in Q8_1 a column has 1024 values
-        const ggml_tensor * gate = g.matrix(type, 768, 701, 5);
-        ggml_tensor *       x    = g.column(768, n_inputs);
-        ggml_tensor *       node = g.result(ggml_mul_mat_id(g.ctx, up, x, g.experts({ 4, 0, 3 })));
-        expect_as_upstream(g, node, nullptr, name + text(", experts, %d inputs", int(n_inputs)));
-        expect_as_upstream(g, node, gate, name + text(", experts with gates, %d inputs", int(n_inputs)));
-    }
-    for (const int64_t n_shared : { 1, 2 }) {  // columns that multiply the same matrix of a batch
-        Graph         g;
-        ggml_tensor * node = g.result(ggml_mul_mat(g.ctx, g.matrix(type, 768, 701, 3), g.column(768, 1, 3 * n_shared)));
-        expect_as_upstream(g, node, nullptr, name + text(", a batch of %d", int(3 * n_shared)));
+    for (const int64_t n_columns : { k ? 256 : 160, 768 }) {  // in Q8_1 a column has 512 or 1024 values
+        for (const int64_t n_inputs : { 1, 3 }) {             // of experts
+            Graph               g;
+            ggml_tensor *       up   = g.matrix(type, n_columns, 701, 5);
+            const ggml_tensor * gate = g.matrix(type, n_columns, 701, 5);
+            ggml_tensor *       x    = g.column(n_columns, n_inputs);
+            ggml_tensor *       node = g.result(ggml_mul_mat_id(g.ctx, up, x, g.experts({ 4, 0, 3 })));
+            const std::string   of   = text(", %d values, %d inputs", int(n_columns), int(n_inputs));
+            expect_as_upstream(g, node, nullptr, name + ", experts" + of);
+            expect_as_upstream(g, node, gate, name + ", experts with gates" + of);
+        }
+        for (const int64_t n_shared : { 1, 2 }) {  // columns that multiply the same matrix of a batch
+            Graph         g;
+            ggml_tensor * w    = g.matrix(type, n_columns, 701, 3);
+            ggml_tensor * node = g.result(ggml_mul_mat(g.ctx, w, g.column(n_columns, 1, 3 * n_shared)));
+            expect_as_upstream(g, node, nullptr,
+                               name + text(", a batch of %d, %d values", int(3 * n_shared), int(n_columns)));
+        }
     }
 }
 
@@ -268,14 +231,106 @@ static void test_refusals() {
     expect(!g.serves_as(DATA_CENTRE, usual, glu, &fusion), "a gate of a marked node");
 }
 
+// Which columns the kernel quantizes: short ones that can be read four values at a time.
+static void test_short_columns() {
+    Graph      g;
+    const auto serves = [&](int64_t n, int64_t from, int64_t stride) {
+        ggml_tensor * all = g.column(3 * stride + from);
+        ggml_tensor * x =
+            ggml_view_3d(g.ctx, all, n, 1, 3, n * sizeof(float), stride * sizeof(float), from * sizeof(float));
+        return g.serves_floats(DATA_CENTRE, g.result(ggml_mul_mat(g.ctx, g.matrix(GGML_TYPE_Q4_0, n, 2048, 3), x)));
+    };
+    expect(serves(512, 0, 512), "columns of 512 values");
+    expect(!serves(544, 0, 544), "longer columns");
+    expect(serves(128, 4, 196), "columns in multiples of 16 bytes");
+    expect(!serves(128, 2, 196), "the first one elsewhere");
+    expect(!serves(128, 0, 194), "the others elsewhere");
+}
+
+// A batch with short columns and the tensor that is put behind each result: queries of an MLA layer.
+struct Concat {
+    Graph         g;
+    ggml_tensor * q;  // 5 heads of 128 values for the matrices and 64 for the tail
+    ggml_tensor * node;
+    ggml_tensor * concat;
+    ggml_cgraph * graph;
+
+    explicit Concat(ggml_type type = GGML_TYPE_Q8_0, int64_t n_tokens = 1, int dim = 0) {
+        constexpr int64_t HEADS = 5, NOPE = 128, ROPE = 64, LATENT = 301;
+        q               = g.column(NOPE + ROPE, HEADS, n_tokens);
+        const auto part = [&](int64_t n, int64_t from) {
+            return ggml_view_3d(g.ctx, q, n, HEADS, n_tokens, q->nb[1], q->nb[2], from * sizeof(float));
+        };
+        ggml_tensor * nope = ggml_permute(g.ctx, part(NOPE, 0), 0, 2, 1, 3);
+        node               = g.result(ggml_mul_mat(g.ctx, g.matrix(type, NOPE, dim == 0 ? LATENT : ROPE, HEADS), nope));
+        ggml_tensor * heads = ggml_permute(g.ctx, node, 0, 2, 1, 3);
+        concat              = g.result(ggml_concat(g.ctx, heads, part(ROPE, NOPE), dim));
+        graph               = g.graph_of(concat);
+    }
+
+    // The nodes that are done after the matmul.
+    int fuse(int capability = DATA_CENTRE) {
+        standin_capability = capability;
+        n_submitted        = 0;
+        g.cuda.begin_node(node);
+        return ggml_cuda_matvec_concat(g.cuda, graph, index_of(graph, node));
+    }
+};
+
+static void test_concat() {
+    for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0 }) {
+        Concat            c(type);
+        const int64_t     n_head = c.node->ne[0], n_tail = c.concat->ne[0] - n_head, n_slots = c.node->ne[2];
+        const std::string name = ggml_type_name(type) + std::string(", concatenated");
+        const float *     q    = static_cast<const float *>(c.q->data);
+        expect(c.g.serves_floats(DATA_CENTRE, c.node), name + ": the matmul alone");
+        const std::vector<float> heads = c.g.values(c.node);
+        const int                last  = index_of(c.graph, c.concat) - index_of(c.graph, c.node);
+        expect(c.fuse() == last && n_submitted == 1, name + text(": %d launches", n_submitted));
+        const std::vector<float> got = c.g.values(c.concat);
+        for (int64_t s = 0; s < n_slots; ++s) {
+            const float * row = got.data() + s * (n_head + n_tail);
+            expect(std::equal(row, row + n_head, heads.data() + s * n_head), name + ": the matmul's bits");
+            expect(std::equal(row + n_head, row + n_head + n_tail, q + s * c.q->ne[0] + c.q->ne[0] - n_tail),
+                   name + ": the tail");
+        }
+    }
+    const auto expect_not = [](Concat & c, const char * what, int capability = DATA_CENTRE) {
+        expect(c.fuse(capability) == 0 && n_submitted == 0, std::string("not concatenated: ") + what);
+    };
+    Concat usual;
+    expect_not(usual, "other devices", GEFORCE);
+    Concat two(GGML_TYPE_Q8_0, 2);
+    expect_not(two, "two tokens");
+    Concat below(GGML_TYPE_Q8_0, 1, 1);
+    expect_not(below, "another dimension");
+    Concat other_type(GGML_TYPE_IQ4_NL);
+    expect_not(other_type, "another type");
+    Concat marked;
+    ggml_op_set_mark(marked.node, GGML_OP_MARK_UPSTREAM);
+    expect_not(marked, "marked");
+    Concat unfused;
+    ggml_op_set_mark(unfused.node, GGML_OP_MARK_UNFUSED);
+    expect_not(unfused, "marked as not to be fused");
+    Concat placed;
+    placed.concat->data = placed.q->data;
+    expect_not(placed, "the result overwrites the queries");
+    Concat used;
+    ggml_build_forward_expand(used.graph, ggml_scale(used.g.ctx, used.node, 2.0f));
+    expect_not(used, "the matmul's result is used elsewhere");
+    Concat computed;
+    computed.node->src[0]->buffer = computed.g.results;
+    expect_not(computed, "matrices that are no weights");
+}
+
 // Nodes in a row with the same column: how many are computed together, and the same bits as alone.
-static void test_groups() {
+static void test_groups(int64_t n_columns) {
     standin_multiprocessors = 108;
     Graph                      g;
-    ggml_tensor *              x = g.column(512);
+    ggml_tensor *              x = g.column(n_columns);
     std::vector<ggml_tensor *> nodes;
     const auto                 add = [&](ggml_type type, int64_t n_rows, ggml_tensor * by) {
-        nodes.push_back(g.result(ggml_mul_mat(g.ctx, g.matrix(type, 512, n_rows), by)));
+        nodes.push_back(g.result(ggml_mul_mat(g.ctx, g.matrix(type, n_columns, n_rows), by)));
         return nodes.back();
     };
     const auto group = [&](int capability, size_t first, size_t n_nodes) {
@@ -300,7 +355,7 @@ static void test_groups() {
     }
     add(GGML_TYPE_Q8_0, 33, x);
     add(GGML_TYPE_Q8_0, 34, x);
-    add(GGML_TYPE_Q8_0, 33, g.column(512));
+    add(GGML_TYPE_Q8_0, 33, g.column(n_columns));
     std::vector<std::vector<float>> want;
     for (ggml_tensor * node : nodes) {
         want.push_back(node->op == GGML_OP_MUL_MAT ? alone(node) : std::vector<float>());
@@ -308,7 +363,7 @@ static void test_groups() {
     const auto expect_group = [&](size_t first, size_t last) {
         const std::string name = text("a group from node %d on", int(first));
         expect(group(DATA_CENTRE, first, nodes.size()) == int(last - first), name);
-        expect(n_submitted == 2, name + text(": %d launches", n_submitted));
+        expect(n_submitted == (n_columns > SHORT ? 2 : 1), name + text(": %d launches", n_submitted));
         for (size_t i = first; i <= last; ++i) {
             if (!want[i].empty()) {
                 expect(g.values(nodes[i]) == want[i], name + text(", node %d: the same bits as alone", int(i)));
@@ -340,14 +395,15 @@ static void test_groups() {
     const auto pair = [&](int64_t n_matrices, ggml_tensor * by) {
         nodes.clear();
         for (int i = 0; i < 2; ++i) {
-            nodes.push_back(g.result(ggml_mul_mat(g.ctx, g.matrix(GGML_TYPE_Q4_0, 512, 2048, n_matrices), by)));
+            nodes.push_back(g.result(ggml_mul_mat(g.ctx, g.matrix(GGML_TYPE_Q4_0, n_columns, 2048, n_matrices), by)));
         }
         return group(DATA_CENTRE, 0, 2);
     };
     expect(pair(1, x) == 1, "two nodes");
-    expect(pair(1, g.column(512, 2)) == 0, "two columns");
-    expect(pair(2, g.column(512, 1, 2)) == 0, "a batch");
-    ggml_tensor * strided = ggml_view_2d(g.ctx, g.column(1024), 512, 1, 1024 * sizeof(float), 0);
+    expect(pair(1, g.column(n_columns, 2)) == 0, "two columns");
+    expect(pair(2, g.column(n_columns, 1, 2)) == 0, "a batch");
+    ggml_tensor * longer  = g.column(2 * n_columns);
+    ggml_tensor * strided = ggml_view_2d(g.ctx, longer, n_columns, 1, 2 * n_columns * sizeof(float), 0);
     strided->nb[0] *= 2;
     expect(pair(1, strided) == 0, "values that are not in a row");
 
@@ -368,6 +424,9 @@ int main() {
     standin_multiprocessors = 108;
     test_cache();
     test_refusals();
-    test_groups();
+    test_short_columns();
+    test_concat();
+    test_groups(512);
+    test_groups(768);
     return report();
 }

@@ -88,6 +88,7 @@ static SecondStep step(ggml_cgraph * graph, int i) {
     const int  before  = n_calls();
     const auto is_done = [&] { return !on_cpu && n_calls() == before; };
     try {
+        cuda().begin_node(node);
         counts_only       = on_cpu;
         const int n_after = ggml_cuda_try_fuse(&cuda(), graph, i);
         counts_only       = false;
@@ -103,6 +104,15 @@ static SecondStep step(ggml_cgraph * graph, int i) {
         GGML_ABORT("%s: %s", node->name, fault.what());
     }
     return { 1, false };
+}
+
+static void finish() {
+    cuda().begin_node(nullptr);
+}
+
+static void optimize(ggml_cgraph * graph, ggml_backend_graph_optimize_params * params) {
+    static ggml_backend backend = { {}, {}, nullptr, &cuda() };
+    ggml_backend_cuda_graph_optimize(&backend, graph, params);
 }
 
 // Appends a line for each step of the graph to the file SECOND_LAUNCHES, and an empty line: how many launches it has, the
@@ -135,7 +145,7 @@ static int list_launches(ggml_cgraph * graph) {
         file << '\n';
         i += n_more;
     }
-    cuda().begin_node(nullptr);
+    finish();
     counts_only = false;
     file << '\n';
     GGML_ASSERT(file.flush());
@@ -160,8 +170,8 @@ static bool replays(ggml_cgraph * graph) {
     return ggml_cuda_graph_check_compability(graph) && !ggml_cuda_graph_update_required(&cuda(), graph);
 }
 
-static const SecondKernels KERNELS = { "CUDA", allocate, release,  alloc_size,  claims,
-                                       step,   replays,  launches, proc_address };
+static const SecondKernels KERNELS = { "CUDA", allocate, release,  alloc_size, claims,      step,
+                                       finish, replays,  optimize, launches,   proc_address };
 
 __attribute__((constructor)) static void give() {
     set_capability();

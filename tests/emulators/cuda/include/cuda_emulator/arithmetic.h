@@ -16,6 +16,11 @@ using std::isnan;
 using std::max;
 using std::min;
 
+// For arguments of two types that promote to int.
+inline int min(int x, int y) {
+    return y < x ? y : x;
+}
+
 namespace cuda_emulator {
 
 // ex2.approx.ftz: subnormal results are zero.

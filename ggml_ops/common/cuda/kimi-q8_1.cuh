@@ -1,0 +1,54 @@
+#pragma once
+
+// Quantizes activations to Q8_1 inside a kernel, to the same bits as upstream's quantize_q8_1 in a launch of its own.
+
+#include "common.cuh"
+
+namespace kimi_cuda {
+
+constexpr int VALUES_PER_LANE = 4;
+constexpr int Q8_1_LANES      = QK8_1 / VALUES_PER_LANE;  // that share a block
+
+static __device__ __forceinline__ float quant(float x, float d) {
+    return d == 0.0f ? 0.0f : roundf(x / d);
+}
+
+// The sum of the values of Q8_1_LANES lanes, added in upstream's order.
+static __device__ __forceinline__ float sum_of_block(float4 x) {
+    x.x = warp_reduce_sum<Q8_1_LANES>(x.x);
+    x.y = warp_reduce_sum<Q8_1_LANES>(x.y);
+    x.z = warp_reduce_sum<Q8_1_LANES>(x.z);
+    x.w = warp_reduce_sum<Q8_1_LANES>(x.w);
+    return (x.x + x.z) + (x.y + x.w);
+}
+
+// The values x from `at` on; all lanes of a warp call it. stores: whether the lane's values are part of the row.
+static __device__ __forceinline__ void quantize_q8_1(block_q8_1 * row, int at, float4 x, bool stores) {
+    const float most = warp_reduce_max<Q8_1_LANES>(fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w))));
+    const float sum  = sum_of_block(x);
+    const float d    = most / 127.0f;
+    if (!stores) {
+        return;
+    }
+    block_q8_1 & block = row[at / QK8_1];
+    *reinterpret_cast<char4 *>(block.qs + at % QK8_1) =
+        make_char4(quant(x.x, d), quant(x.y, d), quant(x.z, d), quant(x.w, d));
+    if (at % QK8_1 == 0) {
+        block.ds = make_half2(d, sum);
+    }
+}
+
+static __device__ __forceinline__ float4 load4(const float * from) {
+    return *reinterpret_cast<const float4 *>(from);
+}
+
+static __device__ __forceinline__ void store4(float * to, float4 x) {
+    *reinterpret_cast<float4 *>(to) = x;
+}
+
+// Whether load4 and store4 may be used from this address on.
+static inline bool is_aligned4(const void * data) {
+    return reinterpret_cast<uintptr_t>(data) % sizeof(float4) == 0;
+}
+
+}  // namespace kimi_cuda
