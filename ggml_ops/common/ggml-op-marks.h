@@ -29,7 +29,8 @@ enum ggml_op_mark {
     GGML_OP_MARK_EXACT = 16,
 };
 
-// The operators on which GGML_OP_MARK_UNFUSED has an effect: node-fusion.cpp, ggml-metal-fuse.cpp, and on CUDA norm.cu.
+// The operators on which GGML_OP_MARK_UNFUSED has an effect: node-fusion.cpp; ggml-metal-fuse.cpp; on CUDA norm.cu,
+// latent-store.cu, matvec.cu and graph_optimize.
 static inline bool ggml_op_starts_fused_run(enum ggml_op op) {
     return op == GGML_OP_MUL_MAT || op == GGML_OP_UNARY || op == GGML_OP_MUL || op == GGML_OP_ADD ||
            op == GGML_OP_RMS_NORM;

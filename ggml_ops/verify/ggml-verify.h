@@ -16,7 +16,7 @@ enum ggml_verify_part {
     GGML_VERIFY_STATE_COPY,  // eliding the copy of the new states after these two
     GGML_VERIFY_ABSORBED,    // FLASH_ATTN_EXT over a latent cache
     GGML_VERIFY_LATENT_ATTN,
-    GGML_VERIFY_FUSED,   // the router, and residual and norm, as one kernel each
+    GGML_VERIFY_FUSED,   // residual and norm, and on Metal the router, as one kernel each
     GGML_VERIFY_MATVEC,  // MUL_MAT and MUL_MAT_ID with one column
     GGML_VERIFY_N_PARTS,
 };

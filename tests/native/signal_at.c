@@ -1,7 +1,6 @@
-// Preloaded into a server: its main thread gets one SIGTERM at a chosen place.
-//
-// SIGNAL_AT=sigaction: as soon as it handles SIGTERM, before it waits for requests. SIGNAL_AT=pthread_cond_broadcast:
-// where it wakes up all threads that wait for its queue, after a decode; it holds the queue's mutex there.
+// Preloaded into a server. Raises SIGTERM once in its main thread, at the place SIGNAL_AT. `sigaction`: right after the
+// server installs its handler, before it waits for requests. `pthread_cond_broadcast`: where it notifies the threads that
+// wait for its queue after a decode, while it holds the queue's mutex.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>

@@ -287,12 +287,12 @@ def test_how_much_ggml_cuda_launches_for_a_token(
 
 # Steps of an MLA layer by the names of their last nodes, as the README groups them; nodes without a name are `node`.
 STEPS = {
-    "residual of the layer before, both norms": ("l_out", "attn_norm", "ffn_norm"),
+    "residual of the previous layer, both norms": ("l_out", "attn_norm", "ffn_norm"),
     "q and kv_a": ("node MUL_MAT", "node MUL_MAT MUL_MAT"),
-    "k_b, q put together": ("q_nope_absorbed", "Qcur"),
-    "the new key: norm, put together, stored": ("node RMS_NORM MUL", "Kcur", "cache_k (view)"),
+    "k_b, concatenation of q": ("q_nope_absorbed", "Qcur"),
+    "the new key: norm, concatenation, store": ("node RMS_NORM MUL", "Kcur", "cache_k (view)"),
     "attention": ("node FLASH_ATTN_EXT",),
-    "v_b, its result made contiguous": ("fattn_mla", "fattn_mla (permuted) (cont)"),
+    "v_b, copy of its result": ("fattn_mla", "fattn_mla (permuted) (cont)"),
     "output matmul with the residual": ("ffn_inp",),
     "router": ("ffn_moe_logits", "ffn_moe_weights_scaled"),
     "experts: gate and up, down": ("ffn_moe_swiglu", "ffn_moe_down"),

@@ -94,8 +94,10 @@ UPSTREAMS_CODE = (
     "ggml-metal.cpp", "ggml-metal-fusion.cpp", "ggml-metal-fusion.h", "ggml-metal-ops.cpp", "ggml-metal-ops.h",
 )  # fmt: skip
 
-# Our fusions: a router with its matmul needs two dispatches, not nine; the norm after a residual includes its ADDs.
-FUSED = UPSTREAM - MOE * 7 - 2 * len(SPEC.layers)
+# Our fusions: a router with its matmul needs two dispatches, not nine; the norm after a residual includes its ADDs; the
+# attention of a single token is not copied.
+COPIES = Counter({"kernel_cpy_f32_f32": MLA})
+FUSED = UPSTREAM - MOE * 7 - 2 * len(SPEC.layers) - COPIES.total()
 
 
 def test_upstreams_graph(metal_backend: Path, model: Path, engine: Engine, tmp_path: Path) -> None:
@@ -128,7 +130,7 @@ def test_switched_off_the_dispatches_and_barriers_are_upstreams(
 def test_without_our_libraries_the_dispatches_are_upstreams(
     metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    """If the compiler refuses all three."""
+    """If the compiler refuses all three; except copies that llama.cpp's graph does not have."""
     for name in ("off", "refused"):
         (tmp_path / name).mkdir()
     off = kernels_for_a_token(engine, model, metal_backend, tmp_path / "off", KIMI_OPS="off")
@@ -136,15 +138,15 @@ def test_without_our_libraries_the_dispatches_are_upstreams(
         engine, model, metal_backend, tmp_path / "refused", KIMI_OPS="conv,scan,mla,fuse",
         KIMI_METAL_REFUSED="kda,fa_latent,fuse",
     )  # fmt: skip
-    assert refused == off
+    assert refused == off - COPIES
 
 
 def test_fused_nodes(metal_backend: Path, model: Path, engine: Engine, tmp_path: Path) -> None:
     counted = kernels_for_a_token(engine, model, metal_backend, tmp_path, KIMI_OPS="fuse")
-    assert counted.total() == FUSED == 1132
+    assert counted.total() == FUSED == 1125
 
 
 def test_all_operators(metal_backend: Path, model: Path, engine: Engine, tmp_path: Path) -> None:
     counted = kernels_for_a_token(engine, model, metal_backend, tmp_path, KIMI_OPS="conv,scan,mla,fuse")
     assert counted.total() == FUSED - KDA * (sum(OF_KDA.values()) - sum(OF_KDA_WITH_OPERATORS.values()))
-    assert counted.total() == 652  # in docs/metal.md
+    assert counted.total() == 645  # in docs/metal.md

@@ -53,7 +53,7 @@ def status_if_interrupted(
 ) -> int | None:
     """The exit status of a server whose main thread gets SIGTERM at a place of signal_at.c; None if it does not end.
 
-    patience: seconds until an answer, and then the end, count as missing.
+    patience: how many seconds to wait for the answer, and then for the end.
     """
     shim, port = folder / "signal_at.so", free_port()
     subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", shim, SHIM], check=True)
@@ -86,7 +86,7 @@ def test_a_signal_at_the_worst_instant(
 
 @preloads
 @pytest.mark.parametrize("place", PLACES)
-def test_upstream_waits_for_itself_or_forgets_the_signal(
+def test_upstream_hangs_or_loses_the_signal(
     place: str, tmp_path: Path, upstream: Engine, demo_gguf: Callable[[str], Path]
 ) -> None:
     assert status_if_interrupted(place, upstream, demo_gguf("Q8_0"), tmp_path, 8) is None

@@ -1,6 +1,6 @@
 #pragma once
 
-// Quantizes activations to Q8_1 inside a kernel, to the same bits as upstream's quantize_q8_1 in a launch of its own.
+// Quantizes activations to Q8_1 inside a kernel. The bits are those of upstream's kernel quantize_q8_1.
 
 #include "common.cuh"
 
@@ -22,7 +22,8 @@ static __device__ __forceinline__ float sum_of_block(float4 x) {
     return (x.x + x.z) + (x.y + x.w);
 }
 
-// The values x from `at` on; all lanes of a warp call it. stores: whether the lane's values are part of the row.
+// Quantizes the lane's values x, the first of which is value `at` of the row. All lanes of a warp must call it.
+// stores: whether these values belong to the row.
 static __device__ __forceinline__ void quantize_q8_1(block_q8_1 * row, int at, float4 x, bool stores) {
     const float most = warp_reduce_max<Q8_1_LANES>(fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w))));
     const float sum  = sum_of_block(x);

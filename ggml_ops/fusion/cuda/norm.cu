@@ -1,6 +1,6 @@
 // One block computes the sum of two rows, its norm times the weights, and the Q8_1 form of that. Each thread has groups of
-// four values, so eight lanes share a block of Q8_1. A thread has read all its inputs before a result is written, so
-// results may share memory with inputs.
+// four values, so eight lanes share a block of Q8_1. All threads have read their inputs before the first result is written
+// (block_reduce waits for them), so results may share memory with inputs.
 
 #include "kimi/norm.cuh"
 
@@ -33,7 +33,7 @@ struct row {
     float *       sum;       // x + residual; not written without a residual
     const float * weights;
     float *       out;
-    block_q8_1 *  q8_1;  // nullptr: not wanted
+    block_q8_1 *  q8_1;  // nullptr: not needed
     int           n_values;
     int           n_padded;  // of q8_1
     float         eps;

@@ -1,5 +1,5 @@
-// One block computes the new row of the cache and stores it in the cache's type, with upstream's functions for each type.
-// Each thread has four values; those of quantized types go through shared memory, because a thread quantizes a block.
+// One thread block computes the new row of the cache and stores it, with upstream's function for the type. A thread has four
+// values. Rows of quantized types go through shared memory, because one thread quantizes 32 values.
 
 #include "kimi/latent-store.cuh"
 
@@ -29,7 +29,7 @@ constexpr int MAX_ROW     = MAX_THREADS * VALUES_PER_LANE;
 struct row {
     const float *   latent;
     const float *   weights;
-    const float *   tail;  // behind the latent, as it is
+    const float *   tail;  // after the latent, unchanged
     int             n_latent;
     int             n_tail;
     float           eps;
@@ -38,7 +38,7 @@ struct row {
     int64_t         row_bytes;
 };
 
-// How a type stores n values: from the four of each thread, and from all of them in shared memory.
+// How a type stores a row. scalar: each thread stores its four values. quantized: from shared memory, where the whole row is.
 template <typename T> struct scalar {
     static constexpr bool is_shared = false;
 

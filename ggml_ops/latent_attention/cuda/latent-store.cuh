@@ -1,7 +1,6 @@
 #pragma once
 
-// The new key of one token in an MLA layer: the norm of its latent and the unnormalized part behind it, stored in the
-// cache.
+// The new key of one token in an MLA layer: the norm of its latent and the unnormalized part after it, stored in the cache.
 
 #include "common.cuh"
 

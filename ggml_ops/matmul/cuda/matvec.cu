@@ -99,7 +99,7 @@ struct products {
     const char *       gate;    // of the only matrix, or nullptr
     const block_q8_1 * input;   // nullptr: `values` is the input
     const float *      values;  // columns of up to MAX_SHORT values
-    const float *      tail;    // copied behind the results of each slot, or nullptr
+    const float *      tail;    // copied after the results of each slot, or nullptr
     int                n_tail;
     int64_t            tail_values;        // from slot to slot
     const int32_t *    ids;                // the expert of each slot, or nullptr
@@ -131,7 +131,7 @@ static __device__ __forceinline__ void prefetch(const char * from, int n_bytes, 
 }
 
 // Block (x, y): rows of a matrix by slot y (a matrix of a batch, or an expert). out = W x, or silu(gate x) * W x.
-// SHORT: the input are floats.
+// SHORT: the input is F32, and each block quantizes its column.
 template <ggml_type TYPE, bool GATED, bool SHORT>
 static __global__ void __launch_bounds__(WARPS * LANES, 1) multiply(const IN_CONSTANT_MEMORY products p) {
     using type                   = format<TYPE>;

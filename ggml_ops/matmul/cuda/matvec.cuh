@@ -14,9 +14,9 @@ struct ggml_cuda_matvec_others {
     int                         n;
 };
 
-// Computes `dst`, if the kernel is made for the device, the type and `fusion`; false: it is not. `q8_1` has the columns of
-// src1 in Q8_1, padded to MATRIX_ROW_PADDING, or is nullptr: then only short columns without a gate are multiplied. With
-// `others` and `q8_1`, the result is true: their nodes came from ggml_cuda_matvec_group.
+// Computes `dst` and returns true, or returns false if the kernel does not support the device, the type or `fusion`.
+// q8_1: the columns of src1 in Q8_1, padded to MATRIX_ROW_PADDING. If nullptr, the kernel quantizes them, which it can for
+// short columns without a gate. others: from ggml_cuda_matvec_group; with q8_1, the result is then always true.
 bool ggml_cuda_matvec(ggml_backend_cuda_context &           ctx,
                       const ggml_tensor *                   src0,
                       const ggml_tensor *                   src1,
@@ -30,6 +30,6 @@ bool ggml_cuda_matvec(ggml_backend_cuda_context &           ctx,
 // Returns the number of nodes after node i that are then done; 0: nothing was computed.
 int ggml_cuda_matvec_group(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);
 
-// Computes the MUL_MAT node i, a batch of matrices with a short column each, and the CONCAT that puts another tensor behind
+// Computes the MUL_MAT node i, a batch of matrices with a short column each, and the CONCAT that puts another tensor after
 // each result, in one launch. Returns as ggml_cuda_matvec_group.
 int ggml_cuda_matvec_concat(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);

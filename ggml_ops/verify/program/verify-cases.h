@@ -64,6 +64,6 @@ struct Case {
     bool                           weights = false;  // the tensors are in a buffer of weights
 };
 
-// KDA_CONV and KDA_SCAN, which store their new states, both forms of latent attention, nodes that Metal and CUDA fuse, and matmuls
-// of one column.
+// KDA_CONV and KDA_SCAN, which store their new states, both forms of latent attention, nodes that Metal and CUDA fuse, and
+// matmuls of one column.
 std::vector<Case> cases_of(ggml_verify_part part);

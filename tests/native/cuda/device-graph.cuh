@@ -63,7 +63,7 @@ struct DeviceGraph {
         return graph;
     }
 
-    // The result of a node, which is NaN afterwards, for the next kernel.
+    // The values of a node, which is NaN afterwards, so that a kernel that does not write it is found.
     std::vector<float> values(const ggml_tensor * node) {
         CUDA_CHECK(cudaStreamSynchronize(cuda.stream()));
         const float *      data = static_cast<const float *>(node->data);

@@ -70,7 +70,7 @@ static void test_types() {
         power += want * want;
     }
     expect(error <= 1e-13 * power, text("f32: NMSE %.1e", error / power));
-    expect(std::equal(row + LATENT, row + ROW, kv + LATENT), "f32: the part behind the latent");
+    expect(std::equal(row + LATENT, row + ROW, kv + LATENT), "f32: the part after the latent");
 
     for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
         for (const bool viewed : { true, false }) {
@@ -97,7 +97,7 @@ static void test_refusals() {
     Key other(GGML_TYPE_Q5_1);
     expect_not(other, "another type");
     Key odd(GGML_TYPE_F16, 1, 48);
-    expect_not(odd, "a row that has no whole blocks");
+    expect_not(odd, "a row whose length is no multiple of 32");
     Key long_row(GGML_TYPE_F16, 1, 544);
     expect_not(long_row, "a row of more than 1024 values");
     Key marked(GGML_TYPE_F16);

@@ -247,7 +247,7 @@ static void test_short_columns() {
     expect(!serves(128, 0, 194), "the others elsewhere");
 }
 
-// A batch with short columns and the tensor that is put behind each result: queries of an MLA layer.
+// A batch with short columns and the tensor that is put after each result: queries of an MLA layer.
 struct Concat {
     Graph         g;
     ggml_tensor * q;  // 5 heads of 128 values for the matrices and 64 for the tail

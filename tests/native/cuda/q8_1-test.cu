@@ -12,7 +12,7 @@
 
 using namespace cuda_emulator;
 
-constexpr int64_t N_IN  = 768;  // more than our kernel quantizes itself
+constexpr int64_t N_IN  = 768;  // more than matvec.cu quantizes itself
 constexpr int64_t N_OUT = 8;
 
 static std::mt19937 rng(1);
