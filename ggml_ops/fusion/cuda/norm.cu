@@ -117,7 +117,8 @@ int ggml_cuda_norm(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, 
     using namespace norm_cuda;
     const ggml_tensor * add = computes(cgraph->nodes[i], GGML_OP_ADD) ? cgraph->nodes[i] : nullptr;
     const int           at  = i + (add != nullptr ? 1 : 0);  // of the norm
-    if (at + 1 >= cgraph->n_nodes || ggml_op_has_mark(cgraph->nodes[i], GGML_OP_MARK_UNFUSED)) {
+    if (ctx.curr_stream_no != 0 || at + 1 >= cgraph->n_nodes ||
+        ggml_op_has_mark(cgraph->nodes[i], GGML_OP_MARK_UNFUSED)) {
         return 0;
     }
     const ggml_tensor * norm = cgraph->nodes[at];
@@ -132,7 +133,8 @@ int ggml_cuda_norm(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, 
     const int           results[] = { i, at + 1 };
     const bool          has_sum   = add != nullptr && add == x;
     if ((add != nullptr && !has_sum) || n_values % QK8_1 != 0 || n_values > MAX_ROW || out->view_src != nullptr ||
-        !is_row(out, n_values) || !is_row(weights, n_values) || !is_row(x, n_values) ||
+        weights == norm || weights == add || !is_row(out, n_values) || !is_row(weights, n_values) ||
+        !is_row(x, n_values) ||
         !ggml_can_fuse_subgraph(cgraph, i, has_sum ? 3 : 2, ops + (has_sum ? 0 : 1), results + (has_sum ? 0 : 1),
                                 has_sum ? 2 : 1)) {
         return 0;

@@ -142,7 +142,7 @@ int ggml_cuda_latent_store(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
     using namespace latent_store;
     constexpr int       MAX_NODES = 6;  // RMS_NORM, MUL, RESHAPE, CONCAT, VIEW, SET_ROWS
     const ggml_tensor * norm      = cgraph->nodes[i];
-    if (norm->op != GGML_OP_RMS_NORM || ggml_op_has_mark(norm, GGML_OP_MARK_UNFUSED)) {
+    if (norm->op != GGML_OP_RMS_NORM || ctx.curr_stream_no != 0 || ggml_op_has_mark(norm, GGML_OP_MARK_UNFUSED)) {
         return 0;
     }
     int     nodes[MAX_NODES];
@@ -179,10 +179,10 @@ int ggml_cuda_latent_store(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
     const ggml_tensor * cell    = stored->src[1];
     const launcher      launch  = launcher_of(stored->type);
     const int64_t       n_row   = concat->ne[0];
-    if (launch == nullptr || concat->src[0] != cgraph->nodes[nodes[2]] || !is_row(latent) || !is_row(weights) ||
-        !is_row(tail) || weights->ne[0] != latent->ne[0] || n_row > MAX_ROW || n_row % 32 != 0 ||
-        ggml_get_op_params_i32(concat, 0) != 0 || stored->src[0]->ne[0] != n_row || stored->ne[0] != n_row ||
-        stored->ne[2] != 1 || stored->ne[3] != 1 || stored->src[0]->data != concat->data ||
+    if (launch == nullptr || weights == norm || tail == concat->src[0] || concat->src[0] != cgraph->nodes[nodes[2]] ||
+        !is_row(latent) || !is_row(weights) || !is_row(tail) || weights->ne[0] != latent->ne[0] || n_row > MAX_ROW ||
+        n_row % 32 != 0 || ggml_get_op_params_i32(concat, 0) != 0 || stored->src[0]->ne[0] != n_row ||
+        stored->ne[0] != n_row || stored->ne[2] != 1 || stored->ne[3] != 1 || stored->src[0]->data != concat->data ||
         ggml_nrows(stored->src[0]) != 1 || cell->type != GGML_TYPE_I64 || ggml_nelements(cell) != 1) {
         return 0;
     }

@@ -423,7 +423,7 @@ int ggml_cuda_matvec_concat(ggml_backend_cuda_context & ctx, const ggml_cgraph *
         ++last;
     }
     if (node->op != GGML_OP_MUL_MAT || last >= cgraph->n_nodes || cgraph->nodes[last]->op != GGML_OP_CONCAT ||
-        ctx.has_q8_1(node->src[1]) || ggml_op_has_mark(node, GGML_OP_MARK_UNFUSED) ||
+        ctx.curr_stream_no != 0 || ctx.has_q8_1(node->src[1]) || ggml_op_has_mark(node, GGML_OP_MARK_UNFUSED) ||
         ggml_backend_buffer_get_usage(node->src[0]->buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS) {
         return 0;
     }

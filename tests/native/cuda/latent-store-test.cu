@@ -19,13 +19,14 @@ struct Key : DeviceGraph {
     ggml_tensor * kv, *norm, *scaled, *factors, *concat, *cells, *cache, *stored;
     ggml_cgraph * graph;
 
-    explicit Key(ggml_type type, int64_t n_tokens = 1, int64_t rope = ROPE, bool viewed = true) {
+    explicit Key(ggml_type type, int64_t n_tokens = 1, int64_t rope = ROPE, bool viewed = true, bool rotated = false) {
         const int64_t row    = LATENT + rope;
         kv                   = column(row, n_tokens);
         factors              = column(LATENT);
         factors->buffer      = weights;
         ggml_tensor * latent = ggml_view_2d(ctx, kv, LATENT, n_tokens, kv->nb[1], 0);
         ggml_tensor * tail   = ggml_view_3d(ctx, kv, rope, 1, n_tokens, kv->nb[1], kv->nb[1], LATENT * sizeof(float));
+        tail                 = rotated ? result(ggml_scale(ctx, tail, 2.0f)) : tail;  // as RoPE
         norm                 = result(ggml_rms_norm(ctx, latent, EPS));
         scaled               = result(ggml_mul(ctx, norm, factors));
         concat               = result(ggml_concat(ctx, ggml_reshape_3d(ctx, scaled, LATENT, 1, n_tokens), tail, 0));
@@ -100,6 +101,17 @@ static void test_refusals() {
     expect_not(odd, "a row whose length is no multiple of 32");
     Key long_row(GGML_TYPE_F16, 1, 544);
     expect_not(long_row, "a row of more than 1024 values");
+    Key rotated(GGML_TYPE_F16, 1, ROPE, true, true);
+    expect_not(rotated, "a part after the latent that is computed in between");
+    Key square(GGML_TYPE_F16);
+    square.scaled->src[1] = square.norm;
+    expect_not(square, "a norm times itself");
+    Key twice(GGML_TYPE_F16, 1, LATENT);
+    twice.concat->src[1] = twice.concat->src[0];
+    expect_not(twice, "a latent after itself");
+    Key branch(GGML_TYPE_F16);
+    branch.cuda.curr_stream_no = 1;
+    expect_not(branch, "another stream");
     Key marked(GGML_TYPE_F16);
     ggml_op_set_mark(marked.norm, GGML_OP_MARK_UNFUSED);
     expect_not(marked, "a marked node");

@@ -315,6 +315,14 @@ static void test_concat() {
     Concat placed;
     placed.concat->data = placed.q->data;
     expect_not(placed, "the result overwrites the queries");
+    Concat tail;
+    tail.concat->data = static_cast<char *>(tail.concat->src[1]->data) + sizeof(float);
+    tail.node->src[1] = ggml_permute(tail.g.ctx, tail.g.column(128, 5), 0, 2, 1, 3);
+    expect_not(tail, "the result overwrites the tail");
+    Concat branch;
+    branch.g.cuda.curr_stream_no = 1;
+    expect_not(branch, "another stream");
+    branch.g.cuda.curr_stream_no = 0;
     Concat used;
     ggml_build_forward_expand(used.graph, ggml_scale(used.g.ctx, used.node, 2.0f));
     expect_not(used, "the matmul's result is used elsewhere");

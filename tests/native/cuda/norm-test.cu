@@ -193,6 +193,23 @@ static void test_how_long_q8_1_is_kept() {
     {
         Norm t(2304);
         t.fuse();
+        ggml_tensor * changed = ggml_scale_inplace(t.ctx, t.out, 2.0f);  // computed together with another node
+        ggml_tensor * shaped  = ggml_reshape_3d(t.ctx, changed, 2304, 1, 1);
+        expect(!t.cuda.has_q8_1(changed) && !t.cuda.has_q8_1(shaped), "the result of an in-place node");
+        expect(t.cuda.has_q8_1(t.out) && t.cuda.has_q8_1(t.columns), "the norm and a view of all of it");
+    }
+    {
+        Norm t(2304);
+        t.fuse();
+        ggml_tensor * view  = ggml_view_1d(t.ctx, t.x, 2304, 0);
+        ggml_tensor * other = t.result(ggml_mul_mat(t.ctx, t.matrix(2304), view));
+        expect(multiplies(t, other) == OWN, "a matmul of a view");
+        t.cuda.begin_node(ggml_scale_inplace(t.ctx, t.x, 2.0f));
+        expect(multiplies(t, other) == OWN, "after its tensor was written again");
+    }
+    {
+        Norm t(2304);
+        t.fuse();
         t.cuda.curr_stream_no = 1;
         expect(multiplies(t, t.product) == OWN, "in another stream");
         t.cuda.curr_stream_no = 0;
@@ -225,6 +242,19 @@ static void test_refusals() {
     Norm used(96);
     ggml_build_forward_expand(used.graph, ggml_scale(used.ctx, used.norm, 2.0f));
     expect_not(used, "a norm that is used without the factors");
+    Norm other_sum(96);
+    other_sum.norm->src[0] = other_sum.x;
+    expect_not(other_sum, "a sum that the norm does not read");
+    Norm square(96, false);
+    square.out->src[1] = square.norm;
+    expect_not(square, "a norm times itself");
+    Norm sum_twice(96);
+    sum_twice.out->src[1] = sum_twice.sum;
+    expect_not(sum_twice, "a norm times the sum");
+    Norm branch(96);
+    branch.cuda.curr_stream_no = 1;
+    expect_not(branch, "another stream");
+    branch.cuda.curr_stream_no = 0;
     Norm odd(96);
     odd.x->data = static_cast<char *>(odd.x->data) + sizeof(float);
     expect_not(odd, "an address that is no multiple of 16");
