@@ -383,7 +383,7 @@ ggml_backend_i backend_interface() {
     };
     i.graph_compute  = backend_compute;
     i.graph_optimize = [](ggml_backend_t, ggml_cgraph * graph, ggml_backend_graph_optimize_params * params) {
-        if (second_kernels && second_kernels->optimize) {
+        if (second_kernels) {
             second_kernels->optimize(graph, params);
         }
     };

@@ -34,7 +34,7 @@ struct SecondKernels {
     // Whether the device would launch its captured version of this graph; called once per computed graph.
     bool (*replays)(ggml_cgraph * graph);
 
-    // What the backend does with a graph before it is allocated (ggml_backend_i::graph_optimize), or nullptr.
+    // What the backend does with a graph before it is allocated (ggml_backend_i::graph_optimize).
     void (*optimize)(ggml_cgraph * graph, ggml_backend_graph_optimize_params * params);
 
     // How many kernels, copies and fills the real backend launches for this graph.

@@ -244,6 +244,7 @@ def test_a_captured_graph_is_launched_again(
     assert [again for *_, again, _ in graphs] == ["anew"] * 2 + ["again"] * (len(steps) - 2)
 
 
+UNFUSED = "conv,scan,mla,moe,batch,plain"  # KIMI_OPS: all but the fusion of nodes
 # Cache type -> NMSE of the logits with and without fused nodes: a value at a boundary of Q8_1, or of the cache's type,
 # is rounded the other way.
 ERROR_OF_FUSION = {"F32": 1e-6, "F16": 1e-6, "BF16": 1e-6, "Q8_0": 1e-5, "Q4_0": 1e-3}
@@ -258,14 +259,13 @@ def test_a_decoded_token_with_quantized_weights(
     steps = [together(IDS, i) for i in range(3)]
     setup = Setup(backend=str(backend), n_gpu_layers=99, flash_attention=True, cache_type=cache_type)
     logits = {}
-    for operators in ("", "conv,scan,mla,moe,batch,plain"):
+    for operators in ("", UNFUSED):
         log = tmp_path / f"log-{operators}"
         switches = {"KIMI_OPS": operators, "SECOND_LOG": str(log), "SECOND_MATVEC": "1"}
         logits[operators] = play(engine, model, setup, steps, **switches).logits
         norms = fused(log) & {"ADD", "RMS_NORM"}
         assert norms == (set() if operators else {"ADD", "RMS_NORM"})
-    without = logits.pop("conv,scan,mla,moe,batch,plain")
-    assert_near(logits[""], without, ERROR_OF_FUSION[cache_type])
+    assert_near(logits[""], logits[UNFUSED], ERROR_OF_FUSION[cache_type])
 
 
 # Rows of the README's table: origin of the graph -> KIMI_OPS.
