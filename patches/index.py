@@ -30,7 +30,7 @@ of a patch says what is wrong, where, what the effect is and how it is corrected
 ggml_ops whose files the patch adds; the folder determines where they go ([series.py](series.py)).
 
 A file `fixes/NNNN-name.pr` is the fix's test for upstream ([pull_requests.py](pull_requests.py)).
-`scripts/pull-requests DIR` writes the fixes as pull requests; [docs/upstream.md](../docs/upstream.md) lists them.
+`tools/pull-requests DIR` writes the fixes as pull requests; [docs/upstream.md](../docs/upstream.md) lists them.
 """
 
 

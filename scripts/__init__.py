@@ -1,1 +1,1 @@
-"""Entry points: the commands (commands.py), `kimi-llama`, the demo, the tests, measurements and training."""
+"""Entry points: the three commands (commands.py), `kimi-llama`, the demo, the tests, lint and the environment."""

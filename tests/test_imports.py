@@ -1,8 +1,9 @@
-"""Imports between packages have one direction: scripts -> bench, validate -> convert -> engine -> patches.
+"""Imports between packages have one direction: tools -> scripts -> bench, validate -> convert -> engine ->
+patches.
 
 Parsed from the sources, so that imports inside functions count, and so do module names in strings, as in
 `python -m`, `import_module` and code for another process. Tests do not belong to any package, and no package imports
-them; but scripts/bench-gpu --rehearse and scripts/cuda_check.py use files of tests/.
+them; but tools/bench-gpu --rehearse and scripts/cuda_check.py use files of tests/.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ ALLOWED = {
     "validate": {"convert", "engine", "patches"},
     "ggml_ops": {"convert", "engine", "patches"},
     "scripts": {"bench", "validate", "convert", "engine", "patches"},
+    "tools": {"scripts", "bench", "validate", "convert", "engine", "patches"},
 }
 BY_NAME = {
     "import_module",

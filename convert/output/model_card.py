@@ -60,7 +60,7 @@ or later:
 python -m pip install kimi_gguf-*.whl
 ```
 
-`scripts/release dist` in a checkout of kimi-gguf makes the wheel in `dist`; `docs/release.md` there describes other
+`tools/release dist` in a checkout of kimi-gguf makes the wheel in `dist`; `docs/release.md` there describes other
 systems."""
 REPORTS: Final = "validation"  # the folder of the reports and plots, next to the files
 RECOMMENDED: Final = (

@@ -21,7 +21,7 @@ from kimi_gguf.bench.roofline import Demand, Peaks
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.compiling import advice
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.scripts.bench_gpu import TESTED
+from kimi_gguf.tools.bench_gpu import TESTED
 
 ON = ("--device", "SECOND0", *TINY, "--seconds", "0.01")
 DEVICE = {"backend": "cuda", "name": "CUDA0", "description": "NVIDIA Something", "memory": 80 << 30, "free": 79 << 30,
@@ -112,7 +112,7 @@ def test_unknown_devices_and_what_they_do_not_measure(words: str, message: str, 
 
 def rehearse(out: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [ROOT / "scripts" / "bench-gpu", "--rehearse", "--out", out, *words],
+        [ROOT / "tools" / "bench-gpu", "--rehearse", "--out", out, *words],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -15,7 +15,8 @@ from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.record import add, load_all
 from kimi_gguf.bench.run import shown_command
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.scripts import kimi_llama, measure_conversion, measure_k3
+from kimi_gguf.scripts import kimi_llama
+from kimi_gguf.tools import measure_conversion, measure_k3
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -13,7 +13,7 @@ import torch
 from convert_tools import assert_upstreams_tensors, convert, fresh_checkpoint, gguf_keys, upstream_convert
 from random_checkpoint import Spec
 
-from kimi_gguf.scripts.upstream_converter import FILE_TYPES, Job
+from kimi_gguf.tools.upstream_converter import FILE_TYPES, Job
 
 SPECS = [
     Spec(layers="KMKM", heads=4, experts=8, dense_layers=2, std=0.02),

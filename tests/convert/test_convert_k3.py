@@ -31,7 +31,7 @@ from kimi_gguf.convert.source import mxfp4
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.gguf import GgufFile
-from kimi_gguf.scripts.upstream_converter import Job
+from kimi_gguf.tools.upstream_converter import Job
 
 SPECS = {
     "published settings": K3Spec(),

@@ -20,9 +20,9 @@ from random_k3 import PREFIX, K3Spec, write_checkpoint
 
 from kimi_gguf.convert.model.kimi_k3 import RULES
 from kimi_gguf.convert.model.layouts import places
-from kimi_gguf.scripts import measure_k3
-from kimi_gguf.scripts.synthetic_checkpoint import K3_SHARDS, k3_config, num_bytes, tensors, write_synthetic
-from kimi_gguf.scripts.upstream_converter import Job
+from kimi_gguf.tools import measure_k3
+from kimi_gguf.tools.synthetic_checkpoint import K3_SHARDS, k3_config, num_bytes, tensors, write_synthetic
+from kimi_gguf.tools.upstream_converter import Job
 
 MEMORY = 3 << 29  # 1.5 GiB
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")

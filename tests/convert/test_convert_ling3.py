@@ -30,8 +30,8 @@ from kimi_gguf.convert.inspect_model import inspect_model
 from kimi_gguf.convert.model.config import LayerKind
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.types.file_types import TYPES
-from kimi_gguf.scripts.synthetic_checkpoint import ling_flash_config, ling_tiny_config, write_synthetic
-from kimi_gguf.scripts.upstream_converter import FILE_TYPES, Job
+from kimi_gguf.tools.synthetic_checkpoint import ling_flash_config, ling_tiny_config, write_synthetic
+from kimi_gguf.tools.upstream_converter import FILE_TYPES, Job
 
 SPEC = LingSpec(mtp=True)
 TINY = LingSpec(

@@ -10,7 +10,7 @@ from convert_tools import convert, fresh_checkpoint, upstream_convert
 from random_checkpoint import VOCAB_SIZE, Spec
 
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.scripts.upstream_converter import Job
+from kimi_gguf.tools.upstream_converter import Job
 from kimi_gguf.validate.llama import run_logits
 
 pytestmark = pytest.mark.engine

@@ -16,7 +16,7 @@ from test_convert_like_quantize import write_imatrix
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.gguf import GgufFile
-from kimi_gguf.scripts.synthetic_checkpoint import write_synthetic
+from kimi_gguf.tools.synthetic_checkpoint import write_synthetic
 
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=50)
 

@@ -28,7 +28,7 @@ from kimi_gguf.engine.build_spec import make_build_spec
 from kimi_gguf.engine.errors import EngineError, UnfinishedError
 from kimi_gguf.engine.progress import Silent
 from kimi_gguf.patches.errors import KimiError
-from kimi_gguf.scripts import release
+from kimi_gguf.tools import release
 
 
 @pytest.fixture

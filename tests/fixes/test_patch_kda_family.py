@@ -23,8 +23,8 @@ from kimi_gguf.patches.diff import apply
 from kimi_gguf.patches.pull_requests import load_pull_requests, select
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree, list_files
-from kimi_gguf.scripts.upstream_converter import Job
-from kimi_gguf.scripts.upstream_tests import prove
+from kimi_gguf.tools.upstream_converter import Job
+from kimi_gguf.tools.upstream_tests import prove
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions, run_logits
 

@@ -70,16 +70,17 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "checkout"
     folder.mkdir()
     for path in ROOT.iterdir():
-        if path.name not in ("scripts", ".venv", ".git", "out", "build"):
+        if path.name not in ("scripts", "tools", ".venv", ".git", "out", "build"):
             (folder / path.name).symlink_to(path)
-    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("scripts", "tools"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
 def ran(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a script from another folder. Nothing may be left in the checkout."""
     before = sorted(checkout.rglob("*"))
-    command = [checkout / "scripts" / words[0], *words[1:]]
+    command = [checkout / words[0], *words[1:]]
     variables = os.environ | {"PYTHON": sys.executable}
     ended = subprocess.run(command, env=variables, cwd=checkout.parent, capture_output=True, text=True)
     assert sorted(checkout.rglob("*")) == before
@@ -90,34 +91,36 @@ def ran(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize(
     "script",
-    ["bench-gpu", "demo", "docs", "environment", "measure", "measure-conversion", "move-pin",
-     "pull-requests", "release", "test"],
-)  # fmt: skip
+    [
+        *(f"scripts/{name}" for name in ("demo", "environment", "test")),
+        *(f"tools/{path.name}" for path in sorted((ROOT / "tools").iterdir()) if not path.suffix),
+    ],
+)
 def test_help_installs_nothing(script: str, option: str, checkout: Path) -> None:
     ended = ran(checkout, script, option)
     assert ended.returncode == 0 and not ended.stderr
-    assert f"scripts/{script}" in ended.stdout
+    assert script in ended.stdout
 
 
 def test_help_of_lint(checkout: Path) -> None:
-    assert ran(checkout, "lint", "--help").stdout.startswith("Run ruff")
-    ended = ran(checkout, "lint")
+    assert ran(checkout, "scripts/lint", "--help").stdout.startswith("Run ruff")
+    ended = ran(checkout, "scripts/lint")
     assert ended.returncode == 1 and "run: scripts/environment build,validate,test" in ended.stderr
 
 
 @pytest.mark.parametrize("extras", ["biuld", "build,validat", "build validate", ",", "build,"])
 def test_an_extra_that_does_not_exist_is_an_error(extras: str, checkout: Path) -> None:
-    ended = ran(checkout, "environment", extras)
+    ended = ran(checkout, "scripts/environment", extras)
     assert ended.returncode == 1
     unknown = [repr(extra) for extra in extras.split(",") if extra not in ("build", "validate")]
     assert ended.stderr.startswith("environment: error: expected extras of pyproject.toml (build, validate,")
     assert ended.stderr.endswith(f"found {', '.join(unknown)}\n")
-    assert ran(checkout, "environment", "build", "validate").returncode == 2
+    assert ran(checkout, "scripts/environment", "build", "validate").returncode == 2
 
 
 @pytest.mark.parametrize("words", [["--ful"], ["-k", "router", "--fu"]])
 def test_a_mistyped_full_is_refused_before_anything_is_built(words: list[str], checkout: Path) -> None:
-    ended = ran(checkout, "test", *words)
+    ended = ran(checkout, "scripts/test", *words)
     assert (ended.returncode, ended.stderr) == (
         2,
         f"scripts/test: error: expected --full, found {words[-1]}\n",
@@ -138,7 +141,7 @@ def test_pytest_gets_all_other_arguments(words: list[str], selected: list[str], 
     for name in ("scripts/environment", "scripts/lint", ".venv/bin/kimi-llama", ".venv/bin/python"):
         text = 'printf "%s\\n" "$@"' if name.endswith("python") else ""
         write_program(checkout / name, text)
-    ended = ran(checkout, "test", *words)
+    ended = ran(checkout, "scripts/test", *words)
     assert ended.returncode == 0, ended.stderr
     given = ended.stdout.splitlines()
     assert given[given.index("--durations") + 2 :] == selected

@@ -22,7 +22,7 @@ from random_ling3 import LingSpec
 from random_ling3 import write_checkpoint as write_ling3
 
 from kimi_gguf.convert.cli import main
-from kimi_gguf.scripts import upstream_converter
+from kimi_gguf.tools import upstream_converter
 
 Header = dict[str, Any]
 

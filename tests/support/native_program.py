@@ -106,5 +106,5 @@ def ggml_libraries(engine: Engine) -> list[str]:
     return [f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base", "-ldl", f"-Wl,-rpath,{engine.lib}"]
 
 
-if __name__ == "__main__":  # FOLDER: for scripts/bench-gpu --rehearse
+if __name__ == "__main__":  # FOLDER: for tools/bench-gpu --rehearse
     print(compile_backend(ensure(tests=True), Path(sys.argv[1]).resolve()))

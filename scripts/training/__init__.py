@@ -1,1 +1,0 @@
-"""Makes the demo checkpoint: corpus, vocabulary, batches, training model, measurements, export."""
