@@ -13,8 +13,8 @@ from kimi_gguf.patches.series import FIXES, OPS, Patch, Series
 
 PAGE = Path(__file__).with_name("README.md")
 UPSTREAM_PAGE = Path(__file__).resolve().parents[1] / "docs" / "upstream.md"
-BEGIN = "<!-- `python -m kimi_gguf.patches index` writes the tables from here ... -->\n"
-END = "<!-- ... to here. -->\n"
+BEGIN = "<!-- generated: python -m kimi_gguf.patches index -->\n"
+END = "<!-- end -->\n"
 HEAD = """# Patches
 
 The engine is the pinned llama.cpp (`upstream.toml`) with these patches and the sources in [ggml_ops](../ggml_ops).
