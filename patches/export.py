@@ -15,13 +15,19 @@ from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.series import Patch, Series
 
 _AUTHOR = "kimi-gguf <kimi-gguf@localhost>"
-_DATE = "Thu, 1 Jan 2026 00:00:00 +0000"  # for a patch without a date, so that equal series give equal files
+_DATE = "Thu, 1 Jan 2026 00:00:00 +0000"  # one date, so that equal series give equal files
 
 
 def export_patches(series: Series, folder: Path) -> list[Path]:
-    """Write the series to `folder`, a new or empty one; return the files in the order of application."""
+    """Write the series to `folder`, a new or empty one; return the files in the order of application.
+
+    The kind comes first in a name, so that the shell's order of `*.patch` is the order of application.
+    """
     total = len(series.patches)
-    mails = ((patch.name, as_mail(patch, number, total)) for number, patch in enumerate(series.patches, 1))
+    mails = (
+        (f"{patch.kind}-{patch.name}", as_mail(patch, number, total))
+        for number, patch in enumerate(series.patches, 1)
+    )
     return write_folder(folder, mails)
 
 
@@ -63,8 +69,8 @@ def mail(patch: Patch, subject: str, message: str, further: bytes = b"") -> byte
     """The changes of a patch, and further diffs, as a mail with this subject and message."""
     head = [
         f"From {'0' * 40} Mon Sep 17 00:00:00 2001",
-        f"From: {patch.field('From') or _AUTHOR}",
-        f"Date: {patch.field('Date') or _DATE}",
+        f"From: {_AUTHOR}",
+        f"Date: {_DATE}",
         f"Subject: {subject}",
         "MIME-Version: 1.0",
         "Content-Type: text/plain; charset=UTF-8",

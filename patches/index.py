@@ -25,9 +25,10 @@ The engine is the pinned llama.cpp (`upstream.toml`) with these patches and the 
 | `fixes/` | corrections of upstream; each applies alone, or on the one fix that it names in `Needs:` |
 | `ops/` | call sites of our operators; changes to batches, memory, server, RPC; each applies on all patches before it |
 
-`kimi-llama export-patches DIR` writes the whole series for `git am`; with `--fixes`, only the corrections. The header
-of a patch says what is wrong, where, what the effect is and how it is corrected. `Sources:` names the folders of
-ggml_ops whose files the patch adds; the folder determines where they go ([series.py](series.py)).
+A number is never given again: a patch that was merged into another leaves a gap. `kimi-llama export-patches DIR` writes
+the whole series for `git am`; with `--fixes`, only the corrections. The header of a patch says what is wrong, where, how
+it is corrected, its test, and when it can be dropped. `Sources:` names the folders of ggml_ops whose files the patch
+adds; the folder determines where they go ([series.py](series.py)).
 
 A file `fixes/NNNN-name.pr` is the fix's test for upstream ([pull_requests.py](pull_requests.py)).
 `tools/pull-requests DIR` writes the fixes as pull requests; [docs/upstream.md](../docs/upstream.md) lists them.
@@ -36,13 +37,12 @@ A file `fixes/NNNN-name.pr` is the fix's test for upstream ([pull_requests.py](p
 
 def index_page(series: Series) -> str:
     """The whole page."""
-    fixes = [patch for patch in series.patches if patch.kind == FIXES]
-    ops = [patch for patch in series.patches if patch.kind == OPS]
-    lines = [HEAD, "## Fixes", "", "| number | corrects | effect without it | where | test | drop when |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |", *map(_row, fixes)]
-    lines += ["", "## Operators", "", "| number | calls | effect | where | test | drop when |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |", *map(_row, ops)]
-    return "\n".join(lines) + "\n"
+    lines = [HEAD]
+    for title, kind, effect in (("Fixes", FIXES, "effect without it"), ("Operators", OPS, "effect")):
+        lines += [f"## {title}", "", f"| patch | {effect} |", "| --- | --- |"]
+        lines += [_row(patch) for patch in series.patches if patch.kind == kind]
+        lines += [""]
+    return "\n".join(lines)
 
 
 def upstream_page(series: Series, page: str) -> str:
@@ -56,23 +56,17 @@ def upstream_page(series: Series, page: str) -> str:
     requests = load_pull_requests(series)
     tested = sum(request.test is not None for request in requests)
     lines = [f"\n{len(requests)} fixes, {tested} with a test for upstream.\n"]
-    lines += ["| number | title | test | builds on | state |", "| --- | --- | --- | --- | --- |"]
+    lines += ["| pull request | builds on | test | upstream |", "| --- | --- | --- | --- |"]
     lines += map(_request_row, requests)
-    lines += ["", "| number | operators, and what uses them | effect | state |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {_link(patch, '../patches/')} | {patch.subject} | {patch.field('Effect')} | {patch.field('Upstream')} |"
-        for patch in series.patches
-        if patch.kind == OPS
-    ]
     return before + begin + "\n".join(lines) + "\n\n" + end + after
 
 
 def _request_row(request: PullRequest) -> str:
     test = f"`{request.test.run}`" if request.test else NO_TEST
-    needs = ", ".join(each.name.split("-")[0] for each in request.needs)
-    state = request.patch.field("Upstream")
     test = test.replace("|", r"\|")  # a table's cell
-    return f"| {_link(request.patch, '../patches/')} | {request.title} | {test} | {needs} | {state} |"
+    needs = ", ".join(needed.name.split("-")[0] for needed in request.needs)
+    state = (request.patch.field("Upstream") or "").removeprefix("not yet forwarded").removeprefix("; ")
+    return f"| {_link(request.patch, '../patches/')} {request.title} | {needs} | {test} | {state} |"
 
 
 def _link(patch: Patch, folder: str = "") -> str:
@@ -80,12 +74,4 @@ def _link(patch: Patch, folder: str = "") -> str:
 
 
 def _row(patch: Patch) -> str:
-    number = _link(patch)
-    needs = ", ".join(name.split("-")[0] for name in patch.needs)
-    subject = patch.subject + (f" (needs {needs})" if needs else "")
-    where = "<br>".join(f"`{diff.path}`" for diff in patch.diffs)
-    test = patch.field("Test") or ""
-    link = f"[{Path(test).stem}](../{test})"
-    return (
-        f"| {number} | {subject} | {patch.field('Effect')} | {where} | {link} | {patch.field('Drop when')} |"
-    )
+    return f"| {_link(patch)} {patch.subject} | {patch.field('Effect')} |"

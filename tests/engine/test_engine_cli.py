@@ -435,9 +435,9 @@ def test_errors_have_a_status_and_no_traceback(built: Path, arguments: list[str]
 def test_export_patches_writes_the_series(built: Path, tmp_path: Path) -> None:
     told = call(built, "export-patches", str(tmp_path / "out"))
     assert told.returncode == 0
-    assert told.stdout.splitlines() == [str(tmp_path / "out/0001-answer.patch")]
+    assert told.stdout.splitlines() == [str(tmp_path / "out/fixes-0001-answer.patch")]
     told = call(built, "export-patches", "--fixes", str(tmp_path / "fixes"))
-    assert told.stdout.splitlines() == [str(tmp_path / "fixes/0001-answer.patch")]
+    assert told.stdout.splitlines() == [str(tmp_path / "fixes/fixes-0001-answer.patch")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -214,7 +214,7 @@ def test_the_fixes_are_exported_alone(tiny: tiny_llama.Tiny, tmp_path: Path) -> 
     series = with_operator(tmp_path)
     assert len(series.patches) == 2
     mails = export_patches(series.fixes(), tmp_path / "mail")
-    assert [path.name for path in mails] == ["0001-answer.patch"]
+    assert [path.name for path in mails] == ["fixes-0001-answer.patch"]
     git_am(tmp_path / "tree", mails)
     assert tree_hash(tmp_path / "tree") == tree_hash(tmp_path / "patched")
 
@@ -249,7 +249,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 def test_an_empty_folder_is_filled(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
     (tmp_path / "mail").mkdir()
     (mail,) = export_patches(tiny.series, tmp_path / "mail")
-    assert mail == tmp_path / "mail/0001-answer.patch" and mail.is_file()
+    assert mail == tmp_path / "mail/fixes-0001-answer.patch" and mail.is_file()
 
 
 @pytest.mark.parametrize(
@@ -274,12 +274,16 @@ def test_each_patch_of_the_project_says_why_and_when_it_may_be_dropped() -> None
         assert test and (PATCH_FOLDER.parent / test).is_file(), f"{patch.name}: the test {test}"
 
 
-def test_the_numbers_have_no_gaps_and_fixes_come_first() -> None:
+def test_a_number_is_given_once_and_fixes_come_first() -> None:
     patches = load_series().patches
-    assert [int(patch.name[:4]) for patch in patches] == list(range(1, len(patches) + 1))
+    assert len({patch.name[:4] for patch in patches}) == len(patches) == len(list(PATCH_FOLDER.rglob("*.patch")))
     kinds = [patch.kind == FIXES for patch in patches]
     assert kinds == sorted(kinds, reverse=True)
-    assert len(patches) == len(list(PATCH_FOLDER.rglob("*.patch")))
+
+
+def test_the_shell_lists_an_export_in_the_order_of_application(tmp_path: Path) -> None:
+    names = [path.name for path in export_patches(load_series(), tmp_path / "mail")]
+    assert names == sorted(names)
 
 
 def test_the_index_pages_are_those_that_the_command_writes(

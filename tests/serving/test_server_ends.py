@@ -1,6 +1,4 @@
-"""0066-server-ends-with-requests: SIGTERM and Ctrl-C end the server while it answers, whatever its clients do.
-0068-server-signals: they do so at any instant.
-"""
+"""0066-server-signals: SIGTERM and Ctrl-C end the server at any instant, whatever its clients do."""
 
 from __future__ import annotations
 
