@@ -26,9 +26,9 @@ The engine is the pinned llama.cpp (`upstream.toml`) with these patches and the 
 | `ops/` | call sites of our operators; changes to batches, memory, server, RPC; each applies on all patches before it |
 
 A number is never given again: a patch that was merged into another leaves a gap. `kimi-llama export-patches DIR` writes
-the whole series for `git am`; with `--fixes`, only the corrections. The header of a patch says what is wrong, where, how
-it is corrected, its test, and when it can be dropped. `Sources:` names the folders of ggml_ops whose files the patch
-adds; the folder determines where they go ([series.py](series.py)).
+the whole series for `git am`; with `--fixes`, only the corrections. The header of a patch says what is wrong, where,
+how it is corrected, its test, and when it can be dropped. `Sources:` names the folders of ggml_ops whose files the
+patch adds; the folder determines where they go ([series.py](series.py)).
 
 A file `fixes/NNNN-name.pr` is the fix's test for upstream ([pull_requests.py](pull_requests.py)).
 `tools/pull-requests DIR` writes the fixes as pull requests; [docs/upstream.md](../docs/upstream.md) lists them.

@@ -276,7 +276,9 @@ def test_each_patch_of_the_project_says_why_and_when_it_may_be_dropped() -> None
 
 def test_a_number_is_given_once_and_fixes_come_first() -> None:
     patches = load_series().patches
-    assert len({patch.name[:4] for patch in patches}) == len(patches) == len(list(PATCH_FOLDER.rglob("*.patch")))
+    assert (
+        len({patch.name[:4] for patch in patches}) == len(patches) == len(list(PATCH_FOLDER.rglob("*.patch")))
+    )
     kinds = [patch.kind == FIXES for patch in patches]
     assert kinds == sorted(kinds, reverse=True)
 
