@@ -6,7 +6,6 @@ Output: their answers; states and logits as files that a request names.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import time
@@ -137,16 +136,6 @@ class Requests:
         all_logits: of every token, as for drafted tokens; otherwise of the last one, as in a prompt.
         """
         return {"seconds": self._contexts[name].time(batch, steps, warm, threads, back, all_logits)}
-
-    def record_tasks(self, name: str, batch: int, steps: int, threads: int, file: str) -> dict[str, Any]:
-        """Write what threads do in `steps` decodes to a file, with native/tasks.cpp, which must be preloaded."""
-        library = ctypes.CDLL(None)
-        self._contexts[name].time(batch, 1, 1, threads, back=True, all_logits=False)
-        library.tasks_start()
-        self._contexts[name].time(batch, steps, 0, threads, back=True, all_logits=False)
-        if not library.tasks_stop(file.encode()):
-            raise OSError(f"{file}: cannot be written")
-        return {}
 
     def logits(self, name: str, threads: int, file: str, empty: bool) -> dict[str, Any]:
         """Save the logits of one more token of the first sequence as .npy.

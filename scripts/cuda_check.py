@@ -1,10 +1,9 @@
 """Compiles our CUDA sources for each architecture and reports registers, spills and shared memory.
 
-Input: the .cu files under ggml_ops. Output: ptxas's figures for each kernel, and a page with them. No GPU is needed,
-only nvcc: of the CUDA toolkit, or of the Python packages of the extra `cuda`.
+Input: the .cu files under ggml_ops. Output: ptxas's figures for each kernel, as a table. No GPU is needed, only
+nvcc: of the CUDA toolkit, or of the Python packages of the extra `cuda`.
 
-    .venv/bin/python -m kimi_gguf.scripts.cuda_check                         the table
-    .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md
+    .venv/bin/python -m kimi_gguf.scripts.cuda_check
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import functools
-import hashlib
 import importlib.util
 import os
 import re
@@ -30,7 +28,6 @@ from kimi_gguf.engine.errors import EngineError, install
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree
-from kimi_gguf.scripts.stripped_sources import stripped
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = ROOT / "ggml_ops"
@@ -56,22 +53,6 @@ _KERNEL = re.compile(
     r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
-
-
-PAGE = """\
-# Registers of the CUDA kernels
-
-Registers of a thread and bytes of static shared memory, as ptxas reports them;
-bytes of stack and of spills where there are any. On sm_75, kernels with 4 registers are empty, because they
-need bfloat16 on tensor cores and asynchronous copies to shared memory (8.0 and later). There KDA_SCAN computes token by
-token, and upstream's attention runs.
-
-    .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md
-
-{version}; {options}. Digest of the sources without comments: {digest}.
-
-{table}
-"""
 
 
 @dataclass(frozen=True)
@@ -116,44 +97,28 @@ def cuda_sources() -> list[Path]:
     return sorted(OPERATORS.glob("**/*.cu"))
 
 
-def sources_text() -> str:
-    """Our CUDA sources, without comments and blank lines."""
-    return stripped(sorted([*cuda_sources(), *OPERATORS.glob("*/cuda/*.cuh")]))
-
-
-def sources_digest() -> str:
-    """Identifies what the page is made from."""
-    return hashlib.sha256(sources_text().encode()).hexdigest()[:16]
-
-
-def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = ()) -> list[KernelUse]:
+def compile_cuda(source: Path, architecture: int) -> list[KernelUse]:
     """ptxas's figures for each kernel of a source. Raises `EngineError` with the compiler's output if it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ("-Werror", "all-warnings", "-Xptxas", "-v")
-        said = compile_cubin(source, architecture, Path(folder) / "out.cubin", options, include=include)
-    return _kernels(source, architecture, said)
-
-
-def compile_cubin(
-    source: Path, architecture: int, cubin: Path, options: Sequence[str] = (), *, include: Sequence[Path] = ()
-) -> str:
-    """Compile a source; return what nvcc says. Raises `EngineError` with the compiler's output if it fails."""
     ggml = patched_ggml()
     folders = [
-        *include, OPERATORS, *sorted(OPERATORS.glob("*/")), *sorted(OPERATORS.glob("*/cuda/")),
+        OPERATORS, *sorted(OPERATORS.glob("*/")), *sorted(OPERATORS.glob("*/cuda/")),
         ggml / "include", ggml / "src", ggml / "src" / "ggml-cuda", STUBS,
     ]  # fmt: skip
-    command = [str(find_nvcc()), *OPTIONS, *DEFINITIONS, *options, "-cubin"]
-    command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    command += [*(f"-I{path}" for path in folders), str(source), "-o", str(cubin)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        ended = subprocess.run(
+            [
+                str(find_nvcc()), *OPTIONS, *DEFINITIONS, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin",
+                "-gencode", f"arch=compute_{architecture},code=sm_{architecture}",
+                *(f"-I{path}" for path in folders), str(source), "-o", str(Path(folder) / "out.cubin"),
+            ], capture_output=True, text=True, check=False,
+        )  # fmt: skip
     if ended.returncode != 0:
         raise EngineError(
             f"{source.name} does not compile for sm_{architecture}",
             found=ended.stderr.strip() or ended.stdout.strip(),
             todo="correct what the compiler shows",
         )
-    return ended.stdout + ended.stderr
+    return _kernels(source, architecture, ended.stdout + ended.stderr)
 
 
 @functools.cache
@@ -218,33 +183,19 @@ def _cell(use: KernelUse) -> str:
     return str(use.registers) if use.clean else f"{use.registers}, stack {use.stack}, spills {use.spills}"
 
 
-def page(kernels: Sequence[KernelUse], version: str) -> str:
-    """The page with the table and the command that made it."""
-    return PAGE.format(
-        version=version, options=" ".join(OPTIONS), digest=sources_digest(), table="\n".join(table(kernels))
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cuda_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("sources", nargs="*", type=Path, help=".cu files (default: all of ggml_ops)")
-    parser.add_argument("--page", type=Path, help="write the table to this file")
     options = parser.parse_args(arguments)
     kernels: list[KernelUse] = []
     try:
-        nvcc = find_nvcc()
         for source in options.sources or cuda_sources():
             for architecture in ARCHITECTURES:
                 kernels += compile_cuda(source, architecture)
     except KimiError as error:
         print(f"cuda_check: error: {error}", file=sys.stderr)
         return 1
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release .*", version)
-    if options.page:
-        options.page.write_text(page(kernels, f"nvcc {release[0]}" if release else "nvcc"), encoding="utf-8")
-    else:
-        print("\n".join(table(kernels)))
+    print("\n".join(table(kernels)))
     return 0 if all(each.clean for each in kernels) else 3
 
 

@@ -1,7 +1,4 @@
-"""What measure_conversion and measure_k3 share: a record in a JSON file, and the page that is drawn from it.
-
-simulate_threads, which has no record, names its machine in the same way.
-"""
+"""What measure_conversion and measure_k3 share: a record in a JSON file, and the page that is drawn from it."""
 
 from __future__ import annotations
 

@@ -48,7 +48,6 @@ HARDWARE = (
     (r"kimi-llama build.*--backend (cuda|metal|vulkan)|bin=", "a GPU, and its vendor's compiler"),
     (r"kimi-llama (doctor --devices|\w+ --build vulkan)", "a GPU; tests/ops/test_verify.py runs emulated ones"),
     (r"\S*test-backend-ops ", "a GPU; tests/ops/test_cuda_backend.py runs an emulated one"),
-    (r"python -m kimi_gguf.scripts.cuda_roofline", "a GPU; tests/scripts/test_cuda_roofline.py has records of one"),
     (r"kimi-llama bench --backend", "a GPU; tests/bench/test_bench_device.py runs an emulated one"),
     (r"tools/bench-gpu", "a GPU; tests/tools/test_bench_gpu.py rehearses the stages"),
     (r"tools/prove-48b [^-]", "200 GB of disk space; tests/tools/test_prove_48b.py rehearses the steps"),
@@ -99,13 +98,7 @@ SPANS_ELSEWHERE = (
     (r"python3 tests/test-", "tests/tools/test_pull_requests.py"),
     (r"python -m kimi_gguf.patches (index|record)", "tests/engine/test_engine_series.py"),
     (r"python -m kimi_gguf.bench.operators ", "tests/bench/test_bench_operators.py"),
-    (r"python -m kimi_gguf.scripts.simulate_threads|python -m kimi_gguf.validate.(fault|nmse)_table",
-     "tests/tools/test_docs_generators.py"),
-    (r"python -m kimi_gguf.scripts.cuda_roofline", "tests/scripts/test_cuda_roofline.py"),
-    (r"python -m kimi_gguf.scripts.estimate_arm", "tests/scripts/test_estimate_arm.py"),
-    (r"python -m kimi_gguf.scripts.gpu_memory", "tests/scripts/test_gpu_memory.py"),
-    (r"python -m kimi_gguf.scripts.latent_counts", "tests/ops/test_latent_counts.py"),
-    (r"python -m kimi_gguf.scripts.kda_terms", "tests/scripts/test_kda_terms.py"),
+    (r"python -m kimi_gguf.validate.(fault|nmse)_table", "tests/tools/test_docs_generators.py"),
 )  # fmt: skip
 OTHER_PROGRAMS = (
     r"(git|gpg|sha256sum|pip|python3?|perf|ssh|llama-[\w-]+|test-backend-ops|\.venv/\S+|apt-get|curl) "

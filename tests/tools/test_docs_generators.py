@@ -29,14 +29,6 @@ def test_measurements_of_the_demo_are_written(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "demo-error.svg").read_text()
 
 
-@pytest.mark.full
-@pytest.mark.engine
-@pytest.mark.usefixtures("engine", "upstream")
-def test_simulated_threads_are_written(tmp_path: Path) -> None:
-    python("-m", "kimi_gguf.scripts.simulate_threads", "--page", tmp_path / "page.md", "--shapes", "tiny")
-    assert "4L-64E" in (tmp_path / "page.md").read_text()
-
-
 @pytest.mark.engine
 @pytest.mark.usefixtures("engine")
 def test_the_table_of_faults_is_written(

@@ -7,9 +7,9 @@
 
 namespace kda_cuda {
 
-// On an H200, 32 heads of 128 take 5 us for one token step by step and 1 us for each further one; in chunks, 32 to 64
-// tokens take 33 us. By docs/gpu-roofline.md, chunks are faster from 31 to 34 tokens on where a block can have 160 KiB of
-// shared memory, and from 32 to 54 elsewhere; 40 loses least by that model.
+// Measured on an H200: 32 heads of 128 take 5 us for one token step by step and 1 us for each further one; in chunks, 32 to
+// 64 tokens take 33 us. CHUNKS_FROM_SMALL is for devices on which a block cannot have 160 KiB of shared memory. It is
+// computed by a cycle model, not measured (commit d90d8139): chunks are faster from 32 to 54 tokens on, and 40 loses least.
 constexpr int CHUNKS_FROM       = 32;
 constexpr int CHUNKS_FROM_SMALL = 40;
 

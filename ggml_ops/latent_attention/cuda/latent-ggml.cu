@@ -52,11 +52,12 @@ bool ggml_cuda_latent_fast_sums(int) {
 #include <cstdint>
 
 // Which nodes of the absorbed form the kernels compute. For others, upstream's are faster, or ours were not measured to be
-// faster. Upstream converts caches other
-// than F16 to F16 at each step and then multiplies in one pass: reading the cache directly is faster with one block of
-// rows and a long cache. With F16 and one block of rows, splits of the keys and their join cost upstream more.
+// faster. Upstream converts caches other than F16 to F16 at each step and then multiplies in one pass: reading the cache
+// directly is faster with one block of rows and a long cache. With F16 and one block of rows, splits of the keys and their
+// join cost upstream more.
 // On an H200, F16 and Q8_0 are faster at every measured size from 4096 keys on; BF16, Q4_0 and other data-centre devices
-// have the same limit without a measurement. The rest is counted: scripts/latent_counts.py.
+// have the same limit without a measurement. 12289 (GeForce) and 65536 (F32) keys are computed from multiply-adds and bytes,
+// not measured (commit d90d8139).
 struct limit {
     int rows;  // maximum number of pairs of query and head, per stream
     int keys;  // minimum
@@ -82,9 +83,9 @@ static constexpr limit limit_of(latent_cuda::cache_type type, bool fast_sums) {
 constexpr int64_t MAX_COPY = 128 << 20;
 constexpr int64_t F16_ROW  = latent_cuda::N_CACHE * sizeof(half);
 
-// With more rows (pairs of query and head) than this, upstream's kernel takes less time than ours over such a cache, by the
-// model (docs/gpu-roofline.md), with the conversion of each run of keys to F16. This holds if its blocks have 64 rows.
-// On an H200, ours takes 1.16 times as long as the model says, compared with upstream's (8 queries, 65536 keys).
+// With more rows (pairs of query and head) than this, upstream's kernel takes less time than ours over such a cache, with
+// the conversion of each run of keys to F16, if its blocks have 64 rows. Computed by a cycle model of the compiled kernels,
+// not measured (commit d90d8139). The model favoured our kernel by 1.16 times on an H200 (8 queries, 65536 keys).
 constexpr int64_t MOST_DIRECT = 320;
 
 // Several streams are computed one after the other, which takes longer if they are short.

@@ -19,9 +19,9 @@ struct upstream_kernel {
     int            tile_queries, tile_heads;  // a block computes tiles of so many queries and heads
 };
 
-// What a launch computes at most. Keys: their F16 copy takes 38 MiB on data-centre devices (L2 of an A100: 40 MiB, of an H200:
-// 50) and 64 MiB on a GeForce (L2 of an RTX 4090: 72 MiB, of a 5090: 96, of a 3090: 6). Rows (queries x heads): their results
-// take memory.
+// What a launch computes at most; computed, not measured. Keys: their F16 copy takes 38 MiB on data-centre devices (L2 of an
+// A100: 40 MiB, of an H200: 50) and 64 MiB on a GeForce (L2 of an RTX 4090: 72 MiB, of a 5090: 96, of a 3090: 6). Rows
+// (queries x heads): their results take memory.
 struct run_limits {
     int64_t keys;
     int64_t rows;

@@ -35,9 +35,10 @@ static constexpr Threshold CPU[] = {
     { INT64_MAX, 160, 160, 288 },
 };
 
-// NVIDIA's devices for data centres, and GeForce. Written by kimi_gguf/scripts/latent_counts.py: counted, and larger where
-// the model of the compiled kernels says so. Only 176 was checked on a device (H200, with 128 and 192 queries). `exact`
-// (KIMI_OPS) is for F16 and BF16 caches. Where there is no ubatch as large, the number does not matter.
+// NVIDIA's devices for data centres, and GeForce. Computed, not measured, from multiply-adds and bytes of each matmul. 496,
+// and 2048 for a GeForce, are from a cycle model of the compiled kernels and larger than that count. Only 176 was checked on
+// a device (H200: slower at 128 queries, faster at 192). Commit d90d8139 has both computations. `exact` (KIMI_OPS) is for
+// F16 and BF16 caches. Where there is no ubatch as large, the number does not matter.
 struct CudaThreshold {
     int64_t n_keys;
     struct {
@@ -54,8 +55,8 @@ static constexpr CudaThreshold CUDA[] = {
     { INT64_MAX, { 528, 496, 176, 176 }, { 131088, 4080, 2048, 2048 } },
 };
 
-// A block computes 128 queries of one head. Fewer heads than those of the count fill a device with more queries. No
-// published model of these architectures has fewer than 16.
+// A block computes 128 queries of one head. Fewer heads than those of the count fill a device with more queries (computed,
+// not measured). No published model of these architectures has fewer than 16.
 static constexpr int64_t COUNTED_HEADS = 32, FEWEST_HEADS = 16, FULL_ANYWHERE = 2048;
 
 static int64_t with_heads(int64_t n_queries, int64_t n_head) {

@@ -565,7 +565,8 @@ bool ggml_quant_gemm_prefers_rows(const ggml_tensor * op) {
         return false;
     }
     // With NEON, upstream interleaves most types of 32 values. Without i8mm, its kernels for Q4_0 and Q8_0 decode faster on
-    // most cores. But it multiplies experts' interleaved weights by one column at a time (docs/arm-estimates.md).
+    // most cores (estimated by llvm-mca, not measured; commit d90d8139). But it multiplies experts' interleaved weights by one
+    // column at a time.
     const bool upstreams = QUANT_GEMM_NEON && rows->scheme == quant_gemm::Scheme::q8_0;
     const bool slower    = !QUANT_GEMM_I8MM && (type == GGML_TYPE_Q4_0 || type == GGML_TYPE_Q8_0);
     const bool as_fast   = op->op == GGML_OP_MUL_MAT_ID || !slower;

@@ -56,7 +56,7 @@ constexpr int ROWS         = 2;                                        // that o
 constexpr int MAX_MATRICES = 8;                                        // per launch
 constexpr int MAX_SHORT = WARPS * LANES * kimi_cuda::VALUES_PER_LANE;  // values of a column that each block quantizes
 
-// Measured on an H200, with ten types and 29 shapes (docs/measure-on-gpu.md).
+// Measured on an H200, with ten types and 29 shapes.
 constexpr int     ENOUGH_WARPS = 30;    // per multiprocessor: with fewer, more warps share two rows
 constexpr int     MAX_STEPS    = 12;    // of a warp, each with a block of quants per lane and row: with more, too
 constexpr int64_t MAX_COLUMNS  = 4096;  // of rows that this kernel multiplies faster
