@@ -19,9 +19,8 @@ from kimi_gguf.bench.families import ARCHITECTURES, FAMILIES
 from kimi_gguf.bench.report import one_line
 from kimi_gguf.bench.shapes import BenchModel, plan_of, quantized_types
 from kimi_gguf.bench.weights import Weights
-from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.unfinished import Identity, folder_of
-from kimi_gguf.convert.output.writer import write
+from kimi_gguf.convert.output.writer import writing
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
 from kimi_gguf.convert.types.ggml import LIBRARY, Ggml
@@ -123,17 +122,14 @@ def generate(model: BenchModel, engine: Engine, reporter: Reporter) -> Path:
     reporter.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
     weights = Weights(Ggml(engine.lib / LIBRARY, engine.key), FAMILIES[model.family].gate)
     written = 0
-
-    def report(_tensor: PlannedTensor, nbytes: int) -> None:
-        nonlocal written
-        written += nbytes
-        reporter.step(written >> 20, total >> 20)
-
+    identity = Identity(plan=model.key, sources="")
     try:
-        write(
-            plan, weights.pieces, path, overwrite=True, identity=Identity(plan=model.key, sources=""), resume=False,
-            report=report, check=lambda _tensor: None,
-        )  # fmt: skip
+        with writing(plan, path, identity, overwrite=True, resume=False, hashed=False) as writer:
+            for tensor, chunk in weights.pieces(plan.tensors):
+                if writer.append(tensor, chunk):
+                    writer.finish_tensor()
+                written += chunk.nbytes
+                reporter.step(written >> 20, total >> 20)
     finally:  # the files that a conversion keeps for --resume are not needed here
         shutil.rmtree(folder_of(path), ignore_errors=True)
     return path

@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
+from kimi_gguf.convert.card.text import licence_note
 from kimi_gguf.convert.conversion import Options, convert, plan_only, silent, silently
 from kimi_gguf.convert.inspect_model import inspect_model, summary_text
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
-from kimi_gguf.convert.output.model_card import licence_note
 from kimi_gguf.convert.output.unfinished import leftover
 from kimi_gguf.convert.plan import Plan, type_counts
 from kimi_gguf.convert.progress import PROGRAM, for_people, for_programs, say

@@ -6,33 +6,32 @@ Input: paths and options. Output: the file and its plan. This is the Python inte
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kimi_gguf.convert.card.new import Reporting, new_card
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER, read_text
-from kimi_gguf.convert.output.card_folder import Hashed, figures_of, is_utf8, others_of
 from kimi_gguf.convert.output.digest import digest
-from kimi_gguf.convert.output.model_card import Listed, Made, card_text, file_row, source_of
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
 from kimi_gguf.convert.output.unfinished import Identity, taken
-from kimi_gguf.convert.output.writer import ProgressCallback, check_outputs, write
-from kimi_gguf.convert.plan import Plan, make_plan, model_notes
+from kimi_gguf.convert.output.writer import ProgressCallback, check_outputs, writing
+from kimi_gguf.convert.plan import Plan, make_plan
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.convert.source.origin import CARD, model_name
 from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.convert.types.ggml import Ggml
 from kimi_gguf.convert.types.imatrix import read_importances
 from kimi_gguf.convert.types.mixes import TypeRequest, as_stored
+from kimi_gguf.engine.folder_lock import folder_lock
 from kimi_gguf.engine.progress import Reporter, Silent
 from kimi_gguf.engine.version import VERSION
 
 ProgressDisplay = Callable[[Plan], AbstractContextManager[ProgressCallback]]
-Reporting = Callable[[], AbstractContextManager[Reporter]]
 
 
 @dataclass(frozen=True)
@@ -93,50 +92,30 @@ def convert(
         paths = plan.paths(output)
         outputs = [*paths, *([output.with_name(CARD)] if options.card else [])]
         check_outputs(outputs, options.overwrite, inputs, taken(output, options.resume))
-        card = _card(plan, paths, checkpoint.config, options.card, reporting) if options.card else None
+        card = new_card(plan, paths, checkpoint.config, options.card, reporting) if options.card else None
         ggml = prepared(checkpoint, plan)
-        with progress(plan) as report:
-            write(
-                plan,
-                lambda left: encoded(checkpoint, plan, left, pace, ggml),
-                output,
-                options.overwrite,
-                Identity(_plan_digest(plan, ggml), checkpoint.identity()),
-                options.resume,
-                report,
-                lambda tensor: checkpoint.check_unchanged(
-                    (name for name, _ in tensor.output.inputs) if tensor else None
-                ),
-                None if card is None else lambda hashes: [(CARD, card(hashes).encode())],
-            )
+        identity = Identity(_plan_digest(plan, ggml), checkpoint.identity())
+        files = writing(
+            plan,
+            output,
+            identity,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            hashed=card is not None,
+        )
+        with progress(plan) as report, ExitStack() as locks, files as writer:
+            writer.read_finished(report)
+            for tensor, chunk in encoded(checkpoint, plan, writer.remaining, pace, ggml):
+                complete = writer.append(tensor, chunk)
+                report(tensor, chunk.nbytes)
+                if complete:
+                    checkpoint.check_unchanged(name for name, _ in tensor.output.inputs)
+                    writer.finish_tensor()
+            checkpoint.check_unchanged()
+            if card:
+                locks.enter_context(folder_lock(output.parent, wait=True))  # until the files are renamed
+                writer.add(CARD, card(writer.hashes).encode())
     return plan
-
-
-def _card(
-    plan: Plan, paths: Sequence[Path], config: ModelConfig, command: Sequence[str], reporting: Reporting
-) -> Callable[[Sequence[str]], str]:
-    """The model card of the output's folder as a function of the SHA-256 of the new files `paths`; it reads the folder
-    when it is called."""
-    facts = {key.name: key.value for key in plan.keys}
-    notes = tuple(model_notes(config))
-    own_notes = tuple(note for note in plan.notes if note not in notes)
-    words, known = (command[0], source_of(facts) or command[1], *command[2:]), Hashed()
-    for word in (paths[0].name, *words):
-        if not is_utf8(word):
-            what = f"{word!a}: expected a name in UTF-8, found other bytes"
-            raise ConvertError(f"{what}; choose another name, or omit --model-card")
-    with reporting() as reporter:  # most of the hashing, while progress can be shown
-        others_of(paths[0].parent, paths, facts, reporter, known)
-
-    def text(hashes: Sequence[str]) -> str:
-        others = others_of(paths[0].parent, paths, facts, Silent(), known)
-        made = Made(VERSION, words, tuple(hashes), own_notes)
-        files = zip(paths, plan.files, hashes, strict=True)
-        rows = [file_row(path.name, file.nbytes, file.tensors, sha256) for path, file, sha256 in files]
-        figures = figures_of(paths[0].parent, paths[0], hashes)
-        return card_text(Listed(paths[0], facts, rows, made, plan.nbytes, figures), others, notes)
-
-    return text
 
 
 def read_template(path: Path, config: ModelConfig) -> str:
@@ -144,7 +123,7 @@ def read_template(path: Path, config: ModelConfig) -> str:
     if not path.exists():
         origin = family_of(config).template
         todo = f"get it from {origin}" if origin else "name a file, or omit the option"
-        raise ConvertError(f"{path}: no such file: expected a chat template (Jinja); {todo}")
+        raise ConvertError(f"{path}: no such file", expected="a chat template (Jinja)", todo=todo)
     return read_text(path)
 
 

@@ -73,11 +73,11 @@ def inspect_model(path: Path | str, context: int) -> Summary:
     place = Path(path)
     if exists(place):
         if place.is_file() and place.suffix not in (".gguf", ".safetensors", ".json"):
-            raise ConvertError(f"{path}: expected a GGUF file, a checkpoint folder or a .safetensors file")
+            raise ConvertError(path, expected="a GGUF file, a checkpoint folder or a .safetensors file")
         files = sorted(place.glob("*.gguf"))  # empty if the path is not a folder
         if files and not (place / CONFIG).exists():
             what = "expected a checkpoint or a GGUF file, found a folder with GGUF files"
-            raise ConvertError(f"{path}: {what}; name one of them, for example {files[0]}")
+            raise ConvertError(f"{path}: {what}", todo=f"name one of them, for example {files[0]}")
     model = _gguf(place) if place.suffix == ".gguf" else _checkpoint(path)
     sizes: Counter[int] = Counter()
     by_layer: dict[int, Counter[str]] = {}
@@ -86,7 +86,7 @@ def inspect_model(path: Path | str, context: int) -> Summary:
     for tensor, dtype, nbytes in model.tensors:
         index = layer_of(tensor)
         if index >= count or (index < 0 and tensor.startswith(LAYERS)):
-            raise ConvertError(f"{path}: {tensor!r:.80}: expected a layer from 0 to {count - 1}")
+            raise ConvertError(f"{path}: {tensor!r:.80}", expected=f"a layer from 0 to {count - 1}")
         sizes[index] += nbytes
         by_layer.setdefault(index, Counter())[dtype] += 1
         tensors, total = by_type.get(dtype, (0, 0))
@@ -130,14 +130,14 @@ def _gguf(path: Path) -> _Model:
             value = keys.get(f"{architecture}.{name}")
             if not isinstance(value, int):
                 raise ConvertError(
-                    f"{path}: {architecture}.{name}: expected an integer, found {excerpt(value)}"
+                    f"{path}: {architecture}.{name}", expected="an integer", found=excerpt(value)
                 )
             return value
 
         kv_heads = keys.get(f"{architecture}.attention.head_count_kv")
         if not isinstance(kv_heads, list) or len(kv_heads) != key("block_count"):
             name = f"{architecture}.attention.head_count_kv"
-            raise ConvertError(f"{path}: {name}: expected a number for each layer")
+            raise ConvertError(f"{path}: {name}", expected="a number for each layer")
         mtp = key("nextn_predict_layers") if f"{architecture}.nextn_predict_layers" in keys else 0
         if not 0 <= mtp <= len(kv_heads):
             what = f"expected at most {len(kv_heads)} layers, found {mtp}"

@@ -60,7 +60,9 @@ class Plan:
     def paths(self, output: Path) -> list[Path]:
         """The file names of the plan's splits for the output `output`. Raises `ConvertError`."""
         if self.split_max_size is not None and place_in_set(output) is not None:
-            raise ConvertError(f"{output}: is the name of a split; give the name without -NNNNN-of-NNNNN")
+            raise ConvertError(
+                f"{output}: is the name of a split", todo="give the name without -NNNNN-of-NNNNN"
+            )
         return split_paths(output, len(self.files))
 
     @property
@@ -130,8 +132,9 @@ def _check_end_tokens(checkpoint: Checkpoint, vocab: Vocab) -> None:
         if vocab.tokens[token_id] not in _ALWAYS_STOP:
             raise ConvertError(
                 f"{checkpoint.folder / CONFIG}: eos_token_id: token {token_id} "
-                f"({vocab.tokens[token_id]!r}) cannot be an additional end token: GGUF stores only one, and "
-                f"llama.cpp adds only {', '.join(sorted(_ALWAYS_STOP))}; list one token"
+                f"({vocab.tokens[token_id]!r}) cannot be an additional end token: GGUF stores only "
+                f"one, and llama.cpp adds only {', '.join(sorted(_ALWAYS_STOP))}",
+                todo="list one token",
             )
 
 
@@ -142,8 +145,10 @@ def _check_importances(tensors: list[PlannedTensor], importances: Importances) -
             continue
         if len(weights) != expected:
             raise ConvertError(
-                f"{importances.path}: {tensor.name!r}: expected {expected} importances, found {len(weights)}; "
-                "use an importance matrix of this model"
+                f"{importances.path}: {tensor.name!r}",
+                expected=f"{expected} importances",
+                found=len(weights),
+                todo="use an importance matrix of this model",
             )
 
 
@@ -166,8 +171,9 @@ def _check_needs(tensors: list[PlannedTensor], request: TypeRequest, importances
             f"--tensor-type '{first.name}=Q4_K'"
         )
     raise ConvertError(
-        f"{where}: {first.name!r} (and {len(lacking) - 1} others): {first.type.name} requires an importance "
-        f"matrix; {todo}"
+        f"{where}: {first.name!r} (and {len(lacking) - 1} others): {first.type.name} "
+        "requires an importance matrix",
+        todo=todo,
     )
 
 

@@ -80,7 +80,7 @@ def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> P
     """The plan that would produce the file, with the types of the file."""
 
     def wrong(what: str) -> ConvertError:
-        return ConvertError(f"{file.path}: {what}; the file was not made from this checkpoint")
+        return ConvertError(f"{file.path}: {what}", todo="the file was not made from this checkpoint")
 
     tensors: list[PlannedTensor] = []
     expected = sorted(outputs(checkpoint.config), key=in_file_order)
@@ -100,8 +100,8 @@ def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> P
         if tensor.type.needs_weights and plan.weights(tensor) is None:
             where = f"{imatrix}: no entry for {tensor.name!r}" if imatrix else f"{file.path}: {tensor.name!r}"
             raise ConvertError(
-                f"{where}: {tensor.type.name} requires an importance matrix; give --imatrix with the file of the "
-                "conversion"
+                f"{where}: {tensor.type.name} requires an importance matrix",
+                todo="give --imatrix with the file of the conversion",
             )
     return plan
 

@@ -68,7 +68,7 @@ class GgufFile:
         self.path = path
         try:
             if path.exists() and not path.is_file():
-                raise GgufError(f"{path}: expected a GGUF file, found {kind_of(path)}")
+                raise GgufError(path, expected="a GGUF file", found=kind_of(path))
             self._file = path.open("rb")
         except OSError as error:
             raise GgufError(f"{path}: cannot be opened: {error.strerror}") from None
@@ -114,7 +114,9 @@ class GgufFile:
             keys[name] = cursor.value(kind)
         alignment = keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20:
-            raise GgufError(f"{self.path}: general.alignment: expected 8 or more, found {alignment!r:.40}")
+            raise GgufError(
+                f"{self.path}: general.alignment", expected="8 or more", found=f"{alignment!r:.40}"
+            )
         found = [self._tensor(cursor) for _ in range(num_tensors)]
         start = -(-cursor.at // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
@@ -128,8 +130,11 @@ class GgufFile:
                 )
             if tensor.offset + tensor.nbytes > self.size:
                 raise GgufError(
-                    f"{self.path}: {name!r:.80}: expected {tensor.nbytes} bytes at offset "
-                    f"{tensor.offset}, but the file has {self.size} bytes; it is truncated"
+                    f"{self.path}: {name!r:.80}",
+                    expected=(
+                        f"{tensor.nbytes} bytes at offset {tensor.offset}, but the file has {self.size} bytes"
+                    ),
+                    todo="it is truncated",
                 )
             tensors[name] = tensor
         self.keys, self.tensors = keys, tensors
@@ -138,14 +143,14 @@ class GgufFile:
         name = cursor.string()
         (dimensions,) = cursor.unpack("<I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise GgufError(f"{self.path}: {name!r:.80}: expected 1 to 4 dimensions, found {dimensions}")
+            raise GgufError(f"{self.path}: {name!r:.80}", expected="1 to 4 dimensions", found=dimensions)
         ne = cursor.unpack(f"<{dimensions}Q")
         number, offset = cursor.unpack("<IQ")
         if number not in _BY_NUMBER:
             kind = UnknownGgufError if number <= _MOST_NUMBER else GgufError
             raise kind(f"{self.path}: {name!r:.80}: unknown tensor type {number}")
         if min(ne) < 1 or math.prod(ne) > 1 << 48:
-            raise GgufError(f"{self.path}: {name!r:.80}: expected sizes of at least 1, found {list(ne)}")
+            raise GgufError(f"{self.path}: {name!r:.80}", expected="sizes of at least 1", found=list(ne))
         return name, ne, _BY_NUMBER[number], offset
 
 
@@ -185,8 +190,10 @@ class GgufModel:
             expected = first.keys.get(TENSORS) if len(files) > 1 else len(self.tensors)
             if len(self.tensors) != expected:
                 raise GgufError(
-                    f"{path}: {TENSORS}: expected {expected!r:.40} tensors in all splits, found "
-                    f"{len(self.tensors)}; the splits do not belong together"
+                    f"{path}: {TENSORS}",
+                    expected=f"{expected!r:.40} tensors in all splits",
+                    found=len(self.tensors),
+                    todo="the splits do not belong together",
                 )
             self._stack = stack.pop_all()
 
@@ -213,17 +220,18 @@ def _other_splits(first: GgufFile) -> list[Path]:
     place = place_in_set(first.path)
     if place is None or len(place[1]) != count:
         raise GgufError(
-            f"{first.path}: split of {count}: expected a name like NAME-00001-of-{count:05d}.gguf; "
-            "restore its original name"
+            f"{first.path}: split of {count}",
+            expected=f"a name like NAME-00001-of-{count:05d}.gguf",
+            todo="restore its original name",
         )
     if number != 0 or place[0] != 1:
         raise GgufError(
-            f"{first.path}: is split {place[0]} of {count}; give the first one, {place[1][0].name}"
+            f"{first.path}: is split {place[0]} of {count}", todo=f"give the first one, {place[1][0].name}"
         )
     for path in place[1]:
         if not path.exists():
             raise GgufError(
-                f"{path}: not found, but the model has {count} splits; put all of them into one folder"
+                f"{path}: not found, but the model has {count} splits", todo="put all of them into one folder"
             )
     return place[1][1:]
 
@@ -237,8 +245,10 @@ def _check_split(split: GgufFile, number: int, first: GgufFile) -> None:
     for key, expected in wanted.items():
         if (found := split.keys.get(key)) != expected:
             raise GgufError(
-                f"{split.path}: {key}: expected {expected!r:.80} as in {first.path.name}, found {found!r:.80}; "
-                "it is a split of another model"
+                f"{split.path}: {key}",
+                expected=f"{expected!r:.80} as in {first.path.name}",
+                found=f"{found!r:.80}",
+                todo="it is a split of another model",
             )
 
 
@@ -249,7 +259,7 @@ def _file_of(files: list[GgufFile]) -> dict[str, GgufFile]:
             if name in found:
                 other = found[name].path.name
                 raise GgufError(
-                    f"{file.path}: tensor {name!r:.80} is also in {other}; download the splits again"
+                    f"{file.path}: tensor {name!r:.80} is also in {other}", todo="download the splits again"
                 )
             found[name] = file
     return found
@@ -264,7 +274,7 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         data = self.file.read(count) if count <= self.end - self.at else b""
         if len(data) < count:
-            raise GgufError(f"{self.path}: the header ends early, at byte {self.end}; truncated")
+            raise GgufError(f"{self.path}: the header ends early, at byte {self.end}", todo="truncated")
         self.at += count
         return data
 
@@ -274,7 +284,7 @@ class _Cursor:
     def counts(self) -> tuple[int, int]:
         """The numbers of tensors and keys, at the beginning of the file."""
         if self.take(4) != b"GGUF":
-            raise GgufError(f"{self.path}: not a GGUF file: expected 'GGUF' as the first four bytes")
+            raise GgufError(f"{self.path}: not a GGUF file", expected="'GGUF' as the first four bytes")
         version, num_tensors, num_keys = self.unpack("<IQQ")
         if version != 3:
             kind = UnknownGgufError if 1 <= version <= _MOST_NUMBER else GgufError
@@ -321,6 +331,6 @@ class _Cursor:
 
     def _pass_over(self, count: int) -> None:
         if count > self.end - self.at:
-            raise GgufError(f"{self.path}: the header ends early, at byte {self.end}; truncated")
+            raise GgufError(f"{self.path}: the header ends early, at byte {self.end}", todo="truncated")
         self.file.seek(count, os.SEEK_CUR)
         self.at += count

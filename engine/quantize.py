@@ -118,7 +118,9 @@ def _own_folder(output: Path) -> Iterator[str]:
     try:
         made = tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix)
     except OSError as error:
-        raise EngineError(f"{output}: cannot be written: {error.strerror}; nothing was written") from None
+        raise EngineError(
+            f"{output}: cannot be written: {error.strerror}", todo="nothing was written"
+        ) from None
     with made as folder, folder_lock(Path(folder), wait=False):
         yield folder
 

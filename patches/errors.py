@@ -7,13 +7,15 @@ class KimiError(Exception):
     """An error that the user can correct: what happened, what was expected and found, and what to do."""
 
     def __init__(
-        self, what: str, *, expected: str | None = None, found: str | None = None, todo: str | None = None
+        self, what: object, *, expected: object = None, found: object = None, todo: str | None = None
     ) -> None:
         self.what, self.expected, self.found, self.todo = what, expected, found, todo
         facts = ", ".join(
-            f"{label} {text}" for label, text in (("expected", expected), ("found", found)) if text
+            f"{label} {value}"
+            for label, value in (("expected", expected), ("found", found))
+            if value is not None
         )
-        super().__init__("; ".join(filter(None, [": ".join(filter(None, [what, facts])), todo])))
+        super().__init__("; ".join(filter(None, [": ".join(filter(None, [str(what), facts])), todo])))
 
 
 class PatchError(KimiError):

@@ -14,7 +14,7 @@ from typing import Final
 
 from matplotlib.axes import Axes
 
-from kimi_gguf.convert.output.model_card import (
+from kimi_gguf.convert.card.text import (
     INCOMPARABLE,
     INSTALLING,
     RECOMMENDED,
@@ -34,7 +34,7 @@ from kimi_gguf.convert.output.model_card import (
     table,
     target,
 )
-from kimi_gguf.convert.output.model_card import recommended as recommended_models
+from kimi_gguf.convert.card.text import recommended as recommended_models
 from kimi_gguf.engine.build_spec import CPU_BACKENDS
 from kimi_gguf.engine.gguf_check import all_splits
 from kimi_gguf.validate.llama import RunOptions

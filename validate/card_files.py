@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from kimi_gguf.convert.output.card_folder import (
+from kimi_gguf.convert.card.folder import (
     MOST_REPORT,
     REPORT,
     earlier_card,
@@ -17,8 +17,8 @@ from kimi_gguf.convert.output.card_folder import (
     made_of,
     models_in,
 )
+from kimi_gguf.convert.card.text import REPORTS, file_row, made_in, stem_of
 from kimi_gguf.convert.output.journal import stamp
-from kimi_gguf.convert.output.model_card import REPORTS, file_row, made_in, stem_of
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import CARD, LICENCE, licence_keys
 from kimi_gguf.engine.builds import Engine
@@ -97,7 +97,7 @@ def check_card_place(folder: Path, models: Sequence[Path], overwrite: bool, chec
         check_place(folder / REPORTS / stem)
     for plot in plots:
         if (folder / REPORTS / plot).is_dir():
-            raise ValidateError(f"{folder / REPORTS / plot}: expected a plot or nothing, found a folder")
+            raise ValidateError(f"{folder / REPORTS / plot}", expected="a plot or nothing", found="a folder")
 
 
 def card_files(

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kimi_gguf.convert.output.model_card import licence_note
+from kimi_gguf.convert.card.text import licence_note
 from kimi_gguf.convert.plan import model_notes
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.engine.build_spec import CPU_BACKENDS
@@ -253,22 +253,22 @@ def _request(options: argparse.Namespace, gguf: Path, against: Path | None = Non
 
 def _read(path: Path) -> str:
     if path.exists() and not path.is_file() and not path.is_fifo():
-        raise ValidateError(f"{path}: expected a file, found {kind_of(path)}")
+        raise ValidateError(path, expected="a file", found=kind_of(path))
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValidateError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise ValidateError(f"{path}: expected UTF-8 text: {error}") from error
+        raise ValidateError(path, expected=f"UTF-8 text: {error}") from error
 
 
 def _read_ids(path: Path) -> Ids:
     words = _read(path).replace(",", " ").split()
     bad = next((word for word in words if not _is_number(word, 0, 2**31 - 1)), None)
     if bad is not None:
-        raise ValidateError(f"{path}: expected token ids (integers), found {bad!r:.40}")
+        raise ValidateError(path, expected="token ids (integers)", found=f"{bad!r:.40}")
     if not words:
-        raise ValidateError(f"{path}: expected token ids, found an empty file")
+        raise ValidateError(path, expected="token ids", found="an empty file")
     return np.array([int(word) for word in words], dtype=np.int64)
 
 

@@ -117,15 +117,17 @@ def validate(
     with open_checkpoint(request.checkpoint, mtp) as checkpoint:
         if architecture != checkpoint.config.architecture:
             raise ValidateError(
-                f"{request.gguf}: general.architecture: expected '{checkpoint.config.architecture}', as in the "
-                f"checkpoint, found {architecture!r:.40}; give the checkpoint that the file was made from"
+                f"{request.gguf}: general.architecture",
+                expected=f"'{checkpoint.config.architecture}', as in the checkpoint",
+                found=f"{architecture!r:.40}",
+                todo="give the checkpoint that the file was made from",
             )
         if int(ids.max()) >= checkpoint.config.vocab_size:
             below = f"token ids: expected ids below the checkpoint's vocabulary size {checkpoint.config.vocab_size}"
             where, todo = request.gguf.name, "give the checkpoint that the file was made from"
             if request.ids is not None:
                 where, todo = request.source, "give ids of this model's tokenizer"
-            raise ValidateError(f"{where}: {below}, found {int(ids.max())}; {todo}")
+            raise ValidateError(f"{where}: {below}, found {int(ids.max())}", todo=todo)
         if request.against is not None:
             check_model(request.against, request.checkpoint)
         checkpoint_facts = shared.checkpoint_facts(checkpoint, reporter)
@@ -133,9 +135,9 @@ def validate(
         tensors = prove(request.gguf, checkpoint, reporter.step)
         if tensors.misfits:
             raise ValidateError(
-                f"{request.gguf}: does not match the checkpoint's shape: {tensors.failures[0]}"
-                f"{f' (and {tensors.misfits - 1} more)' if tensors.misfits > 1 else ''}; "
-                "give the checkpoint that the file was made from"
+                f"{request.gguf}: does not match the checkpoint's shape: "
+                f"{tensors.failures[0]}{(f' (and {tensors.misfits - 1} more)' if tensors.misfits > 1 else '')}",
+                todo="give the checkpoint that the file was made from",
             )
         is_f32 = gguf_facts["lowest_type"] == "F32"
         expected = {}
@@ -218,7 +220,9 @@ def ids_of(request: Request, engine: Engine) -> tuple[Ids, int]:
     else:
         given = np.array(tokenize(engine, request.gguf, request.text or ""), dtype=np.int64)[: request.tokens]
     if len(given) == 0:
-        raise ValidateError(f"{request.source}: expected at least one token, found none; give a longer text")
+        raise ValidateError(
+            request.source, expected="at least one token", found="none", todo="give a longer text"
+        )
     if not request.generate:
         return given, 0
     written = continue_greedily(engine, request.gguf, given, request.generate, request.options)

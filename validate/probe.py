@@ -60,7 +60,7 @@ def write_quiet_gguf(source: Path, target: Path) -> Path:
                 if not tensor.name.endswith(".attn_norm.weight"):
                     continue
                 if tensor.type is not F32:
-                    raise ValidateError(f"{old}: {tensor.name}: expected F32, found {tensor.type.name}")
+                    raise ValidateError(f"{old}: {tensor.name}", expected="F32", found=tensor.type.name)
                 out.seek(tensor.offset)
                 out.write((file.read(tensor).view("<f4") * np.float32(FACTOR)).data)
     return targets[0]

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from kimi_gguf.convert.output.card_folder import PAGES, REPORT
-from kimi_gguf.convert.output.model_card import plain
+from kimi_gguf.convert.card.folder import PAGES, REPORT
+from kimi_gguf.convert.card.text import plain
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.folder_lock import folder_lock
 from kimi_gguf.validate.errors import ValidateError
@@ -166,10 +166,10 @@ def check_place(folder: Path) -> None:
     """Raise `ValidateError` if the three files cannot be written to `folder`; nothing is left there."""
     nearest = next(each for each in (folder, *folder.parents) if each.exists() or each == each.parent)
     if not nearest.is_dir():
-        raise ValidateError(f"{nearest}: expected a folder for the report, found {kind_of(nearest)}")
+        raise ValidateError(nearest, expected="a folder for the report", found=kind_of(nearest))
     for name in FILES:
         if (folder / name).is_dir():
-            raise ValidateError(f"{folder / name}: expected a report or nothing, found a folder")
+            raise ValidateError(f"{folder / name}", expected="a report or nothing", found="a folder")
     try:
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=nearest):
             pass

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kimi_gguf.convert.output.card_folder import MOST_KLD, basis_of, passed_of
-from kimi_gguf.convert.output.model_card import Basis, Figures
+from kimi_gguf.convert.card.folder import MOST_KLD, basis_of, passed_of
+from kimi_gguf.convert.card.text import Basis, Figures
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.metrics import Curves, LayerError, Summary

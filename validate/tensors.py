@@ -161,8 +161,10 @@ def check_layers(path: Path, checkpoint: Checkpoint) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
             raise ValidateError(
-                f"{path}: {name}: expected {expected.get(name, 'no such tensor')}, as in the checkpoint, found "
-                f"{found.get(name, 'no such tensor')}; give a file of the same model"
+                f"{path}: {name}",
+                expected=f"{expected.get(name, 'no such tensor')}, as in the checkpoint",
+                found=f"{found.get(name, 'no such tensor')}",
+                todo="give a file of the same model",
             )
 
 

@@ -50,11 +50,13 @@ def load_bpe_vocab(folder: Path, config: ModelConfig) -> Vocab:
     root, settings = read_object(path), read_object(settings_path)
     model = root.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise ConvertError(f"{path}: expected a 'model' of type BPE, found {excerpt(model)}")
+        raise ConvertError(path, expected="a 'model' of type BPE", found=excerpt(model))
     for key, value in _PLAIN.items():
         found = model.get(key)
         if found is not None and (found != value or type(found) is not type(value)):
-            raise ConvertError(f"{path}: model.{key}: expected {value!r}, found {excerpt(found)}; {_REMEDY}")
+            raise ConvertError(
+                f"{path}: model.{key}", expected=f"{value!r}", found=excerpt(found), todo=_REMEDY
+            )
     pre = _pre_tokenizer(root.get("pre_tokenizer"), path)
     named = tokens_of_json(root, path)
     ordinary = _ordinary(model.get("vocab"), named, config.vocab_size, path)
@@ -79,12 +81,17 @@ def load_bpe_vocab(folder: Path, config: ModelConfig) -> Vocab:
     )
     if vocab.eos_id is None:
         raise ConvertError(
-            f"{folder}: eos_token_id: expected a token id in config.json, or eos_token in tokenizer_config.json, "
-            "found neither; without it generation never ends"
+            f"{folder}: eos_token_id",
+            expected="a token id in config.json, or eos_token in tokenizer_config.json",
+            found="neither",
+            todo="without it generation never ends",
         )
     if add_bos and vocab.bos_id is None:
         raise ConvertError(
-            f"{settings_path}: bos_token: expected a token, because texts start with it, found none; add it"
+            f"{settings_path}: bos_token",
+            expected="a token, because texts start with it",
+            found="none",
+            todo="add it",
         )
     return vocab
 
@@ -105,36 +112,42 @@ def _pre_tokenizer(value: object, path: Path) -> str:
         if plain and isinstance(regex, str) and regex in PATTERNS:
             return PATTERNS[regex]
     raise ConvertError(
-        f"{path}: pre_tokenizer: expected a Split by one of the known patterns ({', '.join(PATTERNS.values())}) and "
-        f"ByteLevel, found {excerpt(value)}; {_REMEDY}"
+        f"{path}: pre_tokenizer",
+        expected=(f"a Split by one of the known patterns ({', '.join(PATTERNS.values())}) and ByteLevel"),
+        found=excerpt(value),
+        todo=_REMEDY,
     )
 
 
 def _ordinary(vocab: object, named: dict[int, SpecialToken], size: int, path: Path) -> dict[int, bytes]:
     """The ordinary tokens as bytes by id, in order."""
     if not isinstance(vocab, dict):
-        raise ConvertError(f"{path}: expected an object model.vocab, found {excerpt(vocab)}")
+        raise ConvertError(path, expected="an object model.vocab", found=excerpt(vocab))
     outside = [i for i in named if not 0 <= i < size]
     if outside:
         raise ConvertError(
-            f"{path}: added token {excerpt(named[outside[0]].content)}: expected an id below {size} (vocab_size in "
-            f"config.json), found {outside[0]}; use the tokenizer and the config of the same model"
+            f"{path}: added token {excerpt(named[outside[0]].content)}",
+            expected=f"an id below {size} (vocab_size in config.json)",
+            found=f"{outside[0]}",
+            todo="use the tokenizer and the config of the same model",
         )
     found: dict[int, bytes] = {}
     for text, number in vocab.items():
         place = f"{path}, model.vocab[{excerpt(text)}]"
         if type(number) is not int or not 0 <= number < size or number in found:
             expected = f"a unique id below {size} (vocab_size in config.json)"
-            raise ConvertError(f"{place}: expected {expected}, found {excerpt(number)}")
+            raise ConvertError(place, expected=expected, found=excerpt(number))
         if number in named:
             if text != named[number].content:
                 other = excerpt(named[number].content)
-                raise ConvertError(f"{place}: its id {number} is that of the added token {other}; {_REMEDY}")
+                raise ConvertError(
+                    f"{place}: its id {number} is that of the added token {other}", todo=_REMEDY
+                )
             continue
         try:
             found[number] = text_to_bytes(text)
         except KeyError:
-            raise ConvertError(f"{place}: expected GPT-2's spelling of bytes") from None
+            raise ConvertError(place, expected="GPT-2's spelling of bytes") from None
     ordinary = dict(sorted(found.items()))
     check_ranks(ordinary.items(), path, "id")
     return ordinary
@@ -150,11 +163,13 @@ def _merges(value: object, ordinary: dict[int, bytes], path: Path) -> list[str]:
         missing = next((part for part in (left, right, left + right) if part not in tokens), None)
         if missing is not None:
             raise ConvertError(
-                f"{place}: expected parts and result among the tokens, found {excerpt(missing)}, which is not"
+                place,
+                expected="parts and result among the tokens",
+                found=f"{excerpt(missing)}, which is not",
             )
         if (left, right) in seen:
             raise ConvertError(
-                f"{place}: the merge is already in the list; which of the two counts is not defined"
+                f"{place}: the merge is already in the list", todo="which of the two counts is not defined"
             )
         seen.add((left, right))
     return [f"{bytes_to_text(left)} {bytes_to_text(right)}" for left, right in pairs]
@@ -190,7 +205,7 @@ def _add_bos(value: object, settings: dict[str, Any], specials: dict[str, int], 
     for stage in _stages(value, path):
         template = stage.get("single")
         if not isinstance(template, list):
-            raise ConvertError(f"{path}: post_processor.single: expected a list, found {excerpt(template)}")
+            raise ConvertError(f"{path}: post_processor.single", expected="a list", found=excerpt(template))
         for piece in template:
             special = piece.get("SpecialToken") if isinstance(piece, dict) else None
             around.append(str(special.get("id")) if isinstance(special, dict) else "")
@@ -200,8 +215,10 @@ def _add_bos(value: object, settings: dict[str, Any], specials: dict[str, int], 
         return True
     shown = " ".join(name or "TEXT" for name in around)
     raise ConvertError(
-        f"{path}: post_processor: expected nothing around a text, or {excerpt(bos)} before it, found {shown[:80]!r}; "
-        f"{_REMEDY}"
+        f"{path}: post_processor",
+        expected=f"nothing around a text, or {excerpt(bos)} before it",
+        found=f"{shown[:80]!r}",
+        todo=_REMEDY,
     )
 
 
@@ -220,7 +237,7 @@ def _stages(value: object, path: Path) -> list[dict[str, Any]]:
     if kind == "ByteLevel":
         return []
     raise ConvertError(
-        f"{path}: post_processor: expected ByteLevel or a template, found {excerpt(value)}; {_REMEDY}"
+        f"{path}: post_processor", expected="ByteLevel or a template", found=excerpt(value), todo=_REMEDY
     )
 
 
@@ -233,7 +250,7 @@ def _notes(root: dict[str, Any], path: Path) -> list[str]:
         kinds = kinds if isinstance(kinds, list) else [normalizer]
         if kinds != [{"type": "NFC"}]:
             raise ConvertError(
-                f"{path}: normalizer: expected NFC or none, found {excerpt(normalizer)}; {_REMEDY}"
+                f"{path}: normalizer", expected="NFC or none", found=excerpt(normalizer), todo=_REMEDY
             )
         found.append(
             "the tokenizer composes characters first (NFC), llama.cpp does not: give it composed text"

@@ -53,7 +53,7 @@ class Keys:
     def fail(self, key: str, expected: str, found: Any, todo: str = "correct the config") -> ConvertError:
         text = "nothing" if found is None else _shown(found)
         key = key if key.isprintable() and len(key) <= MAX_KEY else excerpt(key)
-        return ConvertError(f"{self.where}: {key}: expected {expected}, found {text}; {todo}")
+        return ConvertError(f"{self.where}: {key}", expected=expected, found=text, todo=todo)
 
     def require(self, holds: bool, key: str, expected: str, found: Any, *todo: str) -> None:
         if not holds:
@@ -66,8 +66,8 @@ class Keys:
             first, expected = found[0]
             if value != expected or type(value) is not type(expected):
                 raise ConvertError(
-                    f"{self.where}: {first} is {excerpt(expected)} but {name} is {excerpt(value)}; both keys mean "
-                    "the same: make them agree"
+                    f"{self.where}: {first} is {excerpt(expected)} but {name} is {excerpt(value)}",
+                    todo="both keys mean the same: make them agree",
                 )
         return found[0][1] if found else None
 
@@ -165,8 +165,8 @@ def layer_kinds(keys: Keys, num_layers: int) -> tuple[LayerKind, ...]:
             keys.require(valid, key, f"layer numbers from 1 to {num_layers} (the first layer is 1)", number)
             if number in counted:
                 raise ConvertError(
-                    f"{keys.where}: layer {number} (counted from 1) appears twice in {kda_key} and {mla_key}; list "
-                    "each layer once"
+                    f"{keys.where}: layer {number} (counted from 1) appears twice in {kda_key} and {mla_key}",
+                    todo="list each layer once",
                 )
             counted[number] = kind
     types = keys.get("layer_types")
@@ -181,8 +181,8 @@ def layer_kinds(keys: Keys, num_layers: int) -> tuple[LayerKind, ...]:
         missing = [number for number in range(1, num_layers + 1) if number not in counted]
         if missing:
             raise ConvertError(
-                f"{keys.where}: layer {missing[0]} (counted from 1) is in neither {kda_key} nor {mla_key}; "
-                f"{len(missing)} of {num_layers} layers are missing; list each layer once"
+                f"{keys.where}: layer {missing[0]} (counted from 1) is in neither {kda_key} nor {mla_key}",
+                todo=f"{len(missing)} of {num_layers} layers are missing; list each layer once",
             )
     from_lists = tuple(counted[number] for number in sorted(counted))
     from_types = tuple(_LAYER_TYPES[t] for t in types) if types is not None else from_lists
@@ -190,7 +190,8 @@ def layer_kinds(keys: Keys, num_layers: int) -> tuple[LayerKind, ...]:
         first = next(i for i, (a, b) in enumerate(zip(from_lists, from_types, strict=True)) if a is not b)
         raise ConvertError(
             f"{keys.where}: layer {first + 1} (counted from 1) is {from_lists[first].name} in "
-            f"linear_attn_config but {from_types[first].name} in layer_types; make them agree"
+            f"linear_attn_config but {from_types[first].name} in layer_types",
+            todo="make them agree",
         )
     return from_types
 
@@ -211,8 +212,9 @@ def dense_layers(keys: Keys, num_layers: int) -> int:
     keys.require(dense_first, "mlp_layer_types", "dense layers first, then sparse ones", types, todo)
     if counted is not None and counted != dense:
         raise ConvertError(
-            f"{keys.where}: first_k_dense_replace is {counted} but mlp_layer_types starts with {dense} dense "
-            "layers; make them agree"
+            f"{keys.where}: first_k_dense_replace is {counted} but mlp_layer_types starts with "
+            f"{dense} dense layers",
+            todo="make them agree",
         )
     return dense
 
@@ -246,8 +248,8 @@ def check_experts(keys: Keys, config: ModelConfig) -> None:
         return
     if keys.get("use_grouped_topk") is False:
         raise ConvertError(
-            f"{keys.where}: use_grouped_topk is false but {kept} of {groups} groups are kept; "
-            "set num_expert_group and topk_group to 1 if the router has no groups"
+            f"{keys.where}: use_grouped_topk is false but {kept} of {groups} groups are kept",
+            todo="set num_expert_group and topk_group to 1 if the router has no groups",
         )
     size = experts // groups
     expected = f"a divisor of num_experts, {experts}, with at least two experts per group"

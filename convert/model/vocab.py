@@ -83,8 +83,10 @@ def load_tiktoken_vocab(folder: Path, config: ModelConfig) -> Vocab:
     )
     if vocab.eos_id is None:
         raise ConvertError(
-            f"{folder}: eos_token_id: expected a token id in config.json, or eos_token in tokenizer_config.json, "
-            "found neither; without it generation never ends"
+            f"{folder}: eos_token_id",
+            expected="a token id in config.json, or eos_token in tokenizer_config.json",
+            found="neither",
+            todo="without it generation never ends",
         )
     return vocab
 
@@ -99,8 +101,9 @@ def recovered_merges(ranks: list[bytes], path: Path) -> list[tuple[bytes, bytes]
     if unreachable:
         rank = unreachable[0]
         raise ConvertError(
-            f"{path}: {len(unreachable)} tokens cannot be made by merging others, first rank {rank}, "
-            f"{excerpt(ranks[rank])}; a GGUF file cannot represent them, so its token ids would be wrong"
+            f"{path}: {len(unreachable)} tokens cannot be made by merging others, first rank "
+            f"{rank}, {excerpt(ranks[rank])}",
+            todo="a GGUF file cannot represent them, so its token ids would be wrong",
         )
     return merges
 
@@ -117,8 +120,9 @@ def check_same_merges(
     made = [rank_of.get(left + right, -1) for left, right in written]
     if -1 in made or made != sorted(made) or not set(needed) <= set(written):
         raise ConvertError(
-            f"{path}: model.merges does not follow from the order of model.vocab, so its token ids differ from "
-            "those of tiktoken.model; use tiktoken.model of the original checkpoint"
+            f"{path}: model.merges does not follow from the order of model.vocab, so its token "
+            "ids differ from those of tiktoken.model",
+            todo="use tiktoken.model of the original checkpoint",
         )
 
 
@@ -134,16 +138,19 @@ def special_rows(
     """
     if vocab_size < num_ranks:
         raise ConvertError(
-            f"{path.parent}: vocab_size in config.json: expected at least {num_ranks}, the tokenizer's ordinary "
-            f"tokens, found {vocab_size}; use the tokenizer and the config of the same model"
+            f"{path.parent}: vocab_size in config.json",
+            expected=f"at least {num_ranks}, the tokenizer's ordinary tokens",
+            found=vocab_size,
+            todo="use the tokenizer and the config of the same model",
         )
     last = num_ranks + SPECIAL_IDS
     outside = [i for i in named if not num_ranks <= i < max(vocab_size, last)]
     if outside:
         name = excerpt(named[outside[0]].content)
         raise ConvertError(
-            f"{path}: the special token {name}: expected an id from {num_ranks} to {max(vocab_size, last) - 1}, "
-            f"found {outside[0]}"
+            f"{path}: the special token {name}",
+            expected=f"an id from {num_ranks} to {max(vocab_size, last) - 1}",
+            found=f"{outside[0]}",
         )
     spellings: list[str] = []
     types: list[TokenType] = []
@@ -164,8 +171,8 @@ def check_distinct(tokens: list[str], ordinary: Container[int], path: Path) -> N
         if (earlier := seen.setdefault(token, i)) != i:
             kind = "ordinary" if earlier in ordinary else "special"
             raise ConvertError(
-                f"{path}: special token {i}, {excerpt(token)}, has the same text as {kind} token {earlier}; "
-                "rename one of them, or download the file again"
+                f"{path}: special token {i}, {excerpt(token)}, has the same text as {kind} token {earlier}",
+                todo="rename one of them, or download the file again",
             )
 
 

@@ -37,21 +37,21 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         found = f"{error.object[error.start]:#x}"
-        raise ConvertError(f"{path}, line {line}: expected UTF-8, found byte {found}") from None
+        raise ConvertError(f"{path}, line {line}", expected="UTF-8", found=f"byte {found}") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise ConvertError(f"{path}, line {line}: expected text, found a NUL character")
+        raise ConvertError(f"{path}, line {line}", expected="text", found="a NUL character")
     return text
 
 
 def checked_text(value: object, where: str) -> str:
     """`value`, if it is text without NUL that UTF-8 can encode."""
     if not isinstance(value, str) or "\0" in value:
-        raise ConvertError(f"{where}: expected text without NUL, found {excerpt(value)}")
+        raise ConvertError(where, expected="text without NUL", found=excerpt(value))
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ConvertError(f"{where}: expected text, found an unpaired surrogate: {excerpt(value)}") from None
+        raise ConvertError(where, expected="text", found=f"an unpaired surrogate: {excerpt(value)}") from None
     return value
 
 
@@ -65,15 +65,17 @@ def check_ranks(tokens: Iterable[tuple[int, bytes]], path: Path, where: str) -> 
     for rank, token in tokens:
         place = f"{path}, {where} {rank + first}"
         if not 0 < len(token) <= MAX_TOKEN_BYTES:
-            raise ConvertError(f"{place}: token: expected 1 to {MAX_TOKEN_BYTES} bytes, found {len(token)}")
+            raise ConvertError(f"{place}: token", expected=f"1 to {MAX_TOKEN_BYTES} bytes", found=len(token))
         if (earlier := places.setdefault(token, rank)) != rank:
             raise ConvertError(f"{place}: the token {excerpt(token)} is already in {where} {earlier + first}")
     missing = [byte for byte in range(256) if bytes([byte]) not in places]
     if missing:
         shown = ", ".join(f"0x{byte:02x}" for byte in missing[:4]) + (", ..." if len(missing) > 4 else "")
         raise ConvertError(
-            f"{path}: expected a token for each single byte, found none for {len(missing)} of 256 ({shown}); the "
-            "file is damaged or is not a byte-level vocabulary"
+            path,
+            expected="a token for each single byte",
+            found=f"none for {len(missing)} of 256 ({shown})",
+            todo="the file is damaged or is not a byte-level vocabulary",
         )
 
 
@@ -82,22 +84,24 @@ def read_tiktoken_model(path: Path) -> list[bytes]:
     tokens: list[bytes] = []
     lines = read_small_file(path).removesuffix(b"\n").split(b"\n")
     if len(lines) > MAX_RANKS:
-        raise ConvertError(f"{path}: expected at most {MAX_RANKS} tokens, found {len(lines)} lines")
+        raise ConvertError(path, expected=f"at most {MAX_RANKS} tokens", found=f"{len(lines)} lines")
     for number, line in enumerate(lines, start=1):
         fields = line.split()
         if len(fields) != 2:
-            raise ConvertError(f"{path}, line {number}: expected 'base64 rank', found {excerpt(line)}")
+            raise ConvertError(f"{path}, line {number}", expected="'base64 rank'", found=excerpt(line))
         encoded, rank = fields
         if rank != b"%d" % len(tokens):
             raise ConvertError(
-                f"{path}, line {number}: expected rank {len(tokens)}, found {excerpt(rank)}; ranks must count "
-                "up from 0"
+                f"{path}, line {number}",
+                expected=f"rank {len(tokens)}",
+                found=excerpt(rank),
+                todo="ranks must count up from 0",
             )
         try:
             tokens.append(base64.b64decode(encoded, validate=True))
         except (binascii.Error, ValueError) as error:
             found = f"{excerpt(encoded)} ({error})"
-            raise ConvertError(f"{path}, line {number}: expected base64, found {found}") from None
+            raise ConvertError(f"{path}, line {number}", expected="base64", found=found) from None
     check_ranks(enumerate(tokens), path, "line")
     return tokens
 
@@ -109,7 +113,7 @@ def special_token(content: object, special: object, where: str) -> SpecialToken:
         size = f"expected 1 to {MAX_TOKEN_BYTES} characters, found {len(content)}"
         raise ConvertError(f"{where}, 'content': {size}")
     if not isinstance(special, bool):
-        raise ConvertError(f"{where}, 'special': expected true or false, found {excerpt(special)}")
+        raise ConvertError(f"{where}, 'special'", expected="true or false", found=excerpt(special))
     return SpecialToken(content, special)
 
 
@@ -118,16 +122,17 @@ def added_tokens(settings: dict[str, Any], path: Path) -> dict[int, SpecialToken
     entries = settings.get("added_tokens_decoder")
     if not isinstance(entries, dict):
         raise ConvertError(
-            f"{path}: expected an object 'added_tokens_decoder' (the names of the special tokens), "
-            f"found {excerpt(entries)}"
+            path,
+            expected="an object 'added_tokens_decoder' (the names of the special tokens)",
+            found=excerpt(entries),
         )
     named: dict[int, SpecialToken] = {}
     for key, entry in entries.items():
         where = f"{path}, added_tokens_decoder[{excerpt(key)}]"
         if not (key.isascii() and key.isdigit() and len(key) <= 9 and str(int(key)) == key):
-            raise ConvertError(f"{where}: expected a token id in plain decimal as the key")
+            raise ConvertError(where, expected="a token id in plain decimal as the key")
         if not isinstance(entry, dict):
-            raise ConvertError(f"{where}: expected an object, found {excerpt(entry)}")
+            raise ConvertError(where, expected="an object", found=excerpt(entry))
         named[int(key)] = special_token(entry.get("content"), entry.get("special", False), where)
     return named
 
@@ -140,14 +145,16 @@ def read_tokenizer_json(path: Path) -> tuple[list[bytes], dict[int, SpecialToken
     root = read_object(path)
     model = root.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
-        raise ConvertError(f"{path}: expected a 'model' of type BPE, found {excerpt(model)}")
+        raise ConvertError(path, expected="a 'model' of type BPE", found=excerpt(model))
     if SPLIT_PATTERN not in split_patterns(root.get("pre_tokenizer")):
         raise ConvertError(
-            f"{path}: pre_tokenizer: expected the split pattern of Kimi K2, found another one, which gives "
-            "other token ids; use tiktoken.model of the original checkpoint"
+            f"{path}: pre_tokenizer",
+            expected="the split pattern of Kimi K2",
+            found="another one, which gives other token ids",
+            todo="use tiktoken.model of the original checkpoint",
         )
     if root.get("normalizer") is not None:
-        raise ConvertError(f"{path}: normalizer: expected none, found {excerpt(root['normalizer'])}")
+        raise ConvertError(f"{path}: normalizer", expected="none", found=f"{excerpt(root['normalizer'])}")
     named = tokens_of_json(root, path)
     tokens = vocab_in_order(model.get("vocab"), named, path)
     return tokens, named, merge_pairs(model.get("merges"), path)
@@ -157,12 +164,12 @@ def tokens_of_json(root: dict[str, Any], path: Path) -> dict[int, SpecialToken]:
     """`added_tokens` of a tokenizer.json: special tokens by id."""
     entries = root.get("added_tokens") or []
     if not isinstance(entries, list):
-        raise ConvertError(f"{path}: expected a list added_tokens, found {excerpt(entries)}")
+        raise ConvertError(path, expected="a list added_tokens", found=excerpt(entries))
     named: dict[int, SpecialToken] = {}
     for i, entry in enumerate(entries):
         where = f"{path}, added_tokens[{i}]"
         if not isinstance(entry, dict) or type(entry.get("id")) is not int or entry["id"] in named:
-            raise ConvertError(f"{where}: expected an object with a unique 'id', found {excerpt(entry)}")
+            raise ConvertError(where, expected="an object with a unique 'id'", found=excerpt(entry))
         named[entry["id"]] = special_token(entry.get("content"), entry.get("special", False), where)
     return named
 
@@ -181,26 +188,27 @@ def split_patterns(pre_tokenizer: object) -> list[str]:
 def vocab_in_order(vocab: object, named: dict[int, SpecialToken], path: Path) -> list[bytes]:
     """A tokenizer.json's `vocab` (spelling to id) without its special tokens, as bytes by rank."""
     if not isinstance(vocab, dict):
-        raise ConvertError(f"{path}: expected an object model.vocab, found {excerpt(vocab)}")
+        raise ConvertError(path, expected="an object model.vocab", found=excerpt(vocab))
     plain: dict[int, str] = {}
     for text, rank in vocab.items():
         if type(rank) is not int or rank in plain:
             place = f"{path}, model.vocab[{excerpt(text)}]"
-            raise ConvertError(f"{place}: expected a unique id, found {excerpt(rank)}")
+            raise ConvertError(place, expected="a unique id", found=excerpt(rank))
         if rank not in named:
             plain[rank] = text
     tokens: list[bytes] = []
     for rank in range(len(plain)):
         if rank not in plain:
             raise ConvertError(
-                f"{path}: model.vocab: expected ids 0 to {len(plain) - 1} for the ordinary tokens, found none with "
-                f"id {rank}"
+                f"{path}: model.vocab",
+                expected=f"ids 0 to {len(plain) - 1} for the ordinary tokens",
+                found=f"none with id {rank}",
             )
         try:
             tokens.append(text_to_bytes(plain[rank]))
         except KeyError:
             raise ConvertError(
-                f"{path}, model.vocab[{excerpt(plain[rank])}]: expected GPT-2's spelling of bytes"
+                f"{path}, model.vocab[{excerpt(plain[rank])}]", expected="GPT-2's spelling of bytes"
             ) from None
     check_ranks(enumerate(tokens), path, "id")
     return tokens
@@ -209,7 +217,7 @@ def vocab_in_order(vocab: object, named: dict[int, SpecialToken], path: Path) ->
 def merge_pairs(merges: object, path: Path) -> list[tuple[bytes, bytes]]:
     """A tokenizer.json's `merges`, each "left right" or ["left", "right"]."""
     if not isinstance(merges, list):
-        raise ConvertError(f"{path}: expected a list model.merges, found {excerpt(merges)}")
+        raise ConvertError(path, expected="a list model.merges", found=excerpt(merges))
     pairs: list[tuple[bytes, bytes]] = []
     for i, merge in enumerate(merges):
         parts = merge.split(" ") if isinstance(merge, str) else merge

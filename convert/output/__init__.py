@@ -1,1 +1,1 @@
-"""GGUF output: header, data, splits, the journal of an unfinished file, and the model card."""
+"""GGUF output: header, data, splits, and the journal of an unfinished file."""

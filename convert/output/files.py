@@ -58,8 +58,10 @@ def split(
         return (whole,)
     if len(chunks) > MAX_SPLITS:
         raise ConvertError(
-            f"--split-max-size: expected at most {MAX_SPLITS} splits (llama.cpp's limit), found {len(chunks)}; "
-            "choose a larger size"
+            "--split-max-size",
+            expected=f"at most {MAX_SPLITS} splits (llama.cpp's limit)",
+            found=len(chunks),
+            todo="choose a larger size",
         )
     name = digest(whole.header)
     every = [_split_keys(number, len(chunks), len(tensors), name) for number in range(len(chunks))]

@@ -72,5 +72,5 @@ def _string(text: str) -> bytes:
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ConvertError(f"{text!r:.80}: expected valid text, found an unpaired surrogate") from None
+        raise ConvertError(f"{text!r:.80}", expected="valid text", found="an unpaired surrogate") from None
     return struct.pack("<Q", len(data)) + data

@@ -26,7 +26,7 @@ def locked(folder: Path, path: Path) -> int:
         try:
             folder.mkdir(exist_ok=True)
         except FileExistsError:
-            raise ConvertError(f"{folder}: expected a folder, found a file; remove it") from None
+            raise ConvertError(folder, expected="a folder", found="a file", todo="remove it") from None
         except OSError as error:
             raise _not_writable(path, error) from None
         try:
@@ -40,8 +40,8 @@ def locked(folder: Path, path: Path) -> int:
         except BlockingIOError:
             os.close(fd)
             raise ConvertError(
-                f"{path}: another conversion is writing it ({folder.name} is locked); wait until it is done, or "
-                "choose another name"
+                f"{path}: another conversion is writing it ({folder.name} is locked)",
+                todo="wait until it is done, or choose another name",
             ) from None
         except OSError:  # a file system without locks
             return fd
@@ -52,7 +52,7 @@ def locked(folder: Path, path: Path) -> int:
 
 
 def _not_writable(path: Path, error: OSError) -> ConvertError:
-    return ConvertError(f"{path}: cannot be written: {error.strerror}; nothing was written")
+    return ConvertError(f"{path}: cannot be written: {error.strerror}", todo="nothing was written")
 
 
 def append(folder: Path, entry: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def entries(folder: Path) -> list[dict[str, Any]]:
     try:
         found = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
     except (OSError, ValueError, RecursionError) as error:
-        raise ConvertError(f"{journal}: cannot be read: {error}; {start_again(folder)}") from None
+        raise ConvertError(f"{journal}: cannot be read: {error}", todo=f"{start_again(folder)}") from None
     return [entry for entry in found if isinstance(entry, dict)]
 
 

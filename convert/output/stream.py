@@ -55,7 +55,9 @@ class Pace:
             pace = cls(max(pace.threads - 1, 1), pace.chunks - 2, pace.elements)
         if room < pace.memory:
             least = -(-(base + pace.memory) >> 20)
-            raise ConvertError(f"--max-memory: expected at least {least} MiB, found {max_memory >> 20} MiB")
+            raise ConvertError(
+                "--max-memory", expected=f"at least {least} MiB", found=f"{max_memory >> 20} MiB"
+            )
         return pace
 
     @property
@@ -217,13 +219,17 @@ def _not_finite(
     if checkpoint.dtype(source) is Dtype.MXFP4:
         path, stored, index = checkpoint.locate_scale(source, element)
         return ConvertError(
-            f"{path}: {stored!r}: element {list(index)}: expected a scale with finite weights, found one with "
-            f"{bad.value} (the byte 255 is NaN, 253 and 254 overflow float32); the checkpoint is damaged"
+            f"{path}: {stored!r}: element {list(index)}",
+            expected="a scale with finite weights",
+            found=f"one with {bad.value} (the byte 255 is NaN, 253 and 254 overflow float32)",
+            todo="the checkpoint is damaged",
         )
     path, stored, index = checkpoint.locate(source, element)
     return ConvertError(
-        f"{path}: {stored!r}: element {list(index)}: expected a finite number, found {bad.value}; the checkpoint "
-        "is damaged, or its training diverged"
+        f"{path}: {stored!r}: element {list(index)}",
+        expected="a finite number",
+        found=bad.value,
+        todo="the checkpoint is damaged, or its training diverged",
     )
 
 
@@ -239,6 +245,7 @@ def _complaint(checkpoint: Checkpoint, chunk: Chunk, bad: BadValueError) -> Conv
     kind = chunk.tensor.type
     what = "the checkpoint is damaged" if kind is F32 else "convert to BF16 or F32"
     return ConvertError(
-        f"{path}: {stored!r} -> {chunk.tensor.name}: element {list(index)} is {bad.value:g}, too large for "
-        f"{kind.name}; {what}"
+        f"{path}: {stored!r} -> {chunk.tensor.name}: element {list(index)} is "
+        f"{bad.value:g}, too large for {kind.name}",
+        todo=what,
     )

@@ -142,7 +142,7 @@ def unfinished(
         if not resume and not overwrite and (size := sum(map(_size, _left_behind(path)))):
             what = f"keeps {size:,} bytes of an earlier run"
             todo = "--resume continues it (with the same checkpoint and options), --force discards it"
-            raise ConvertError(f"{folder}: {what}; {todo}")
+            raise ConvertError(f"{folder}: {what}", todo=todo)
         done = _steps_done(path, layout, identity) if resume else 0
         keep = False
         if done == 0:
@@ -158,7 +158,7 @@ def unfinished(
                 keep = True
                 what = "was created by another program during the conversion"
                 todo = f"continue with --resume --force, which overwrites it ({folder.name} is kept and complete)"
-                raise ConvertError(f"{target}: {what}; {todo}")
+                raise ConvertError(f"{target}: {what}", todo=todo)
         keep = True
         _take_names(path, work.names)
         keep = False
@@ -168,7 +168,7 @@ def unfinished(
             raise
         kept = f"free disk space, then continue with --resume ({folder.name} is kept)"
         todo = kept if keep else "nothing was written"
-        raise ConvertError(f"{path}: cannot be written: {error.strerror or error}; {todo}") from None
+        raise ConvertError(f"{path}: cannot be written: {error.strerror or error}", todo=todo) from None
     finally:
         if work is not None:
             work.close()
@@ -229,23 +229,23 @@ def _steps_done(path: Path, layout: Layout, identity: Identity) -> int:
     file = folder / journal.JOURNAL
     remedy = journal.start_again(folder)
     if not noted or noted[0].get("format") != _FORMAT:
-        raise ConvertError(f"{file}: not a journal of this version; {remedy}")
+        raise ConvertError(f"{file}: not a journal of this version", todo=remedy)
     if noted[0].get("sources") != identity.sources:
-        raise ConvertError(f"{file}: is of another checkpoint, or the checkpoint has changed; {remedy}")
+        raise ConvertError(f"{file}: is of another checkpoint, or the checkpoint has changed", todo=remedy)
     if noted[0].get("plan") != identity.plan:
-        raise ConvertError(f"{file}: was started with other options or another version; {remedy}")
+        raise ConvertError(f"{file}: was started with other options or another version", todo=remedy)
     marks = [done for entry in noted[1:] if isinstance(done := entry.get("done"), int)]
     if not marks:
         return 0
     if not 0 <= marks[-1] < len(layout.places):
         most = len(layout.places) - 1
-        raise ConvertError(f"{file}: expected at most {most} steps, found {marks[-1]}; {remedy}")
+        raise ConvertError(file, expected=f"at most {most} steps", found=f"{marks[-1]}", todo=remedy)
     number, end = layout.places[marks[-1]]
     for i, (name, size) in enumerate(layout.files[: number + 1]):
         if name in ours or (here[name] == size if i < number else here[name] >= end):
             continue
         expected = f"{size} bytes" if i < number else f"at least {end} bytes"
-        raise ConvertError(f"{folder / name}: expected {expected}, found {here[name]}; {remedy}")
+        raise ConvertError(f"{folder / name}", expected=expected, found=f"{here[name]}", todo=remedy)
     journal.remove_incomplete_line(folder)
     return marks[-1]
 

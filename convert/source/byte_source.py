@@ -49,12 +49,17 @@ class LocalFile:
         self.path = path
         if path.exists() and not path.is_file():
             raise ConvertError(
-                f"{path}: expected a safetensors file, found {kind_of(path)}; copy the file from the checkpoint"
+                path,
+                expected="a safetensors file",
+                found=kind_of(path),
+                todo="copy the file from the checkpoint",
             )
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except FileNotFoundError:
-            raise ConvertError(f"{path}: not found; the checkpoint is incomplete, download it") from None
+            raise ConvertError(
+                f"{path}: not found", todo="the checkpoint is incomplete, download it"
+            ) from None
         except OSError as error:
             raise ConvertError(f"{path}: cannot be opened: {error.strerror}") from None
         self.stamp = _stamp(os.fstat(self._fd))
@@ -72,8 +77,8 @@ class LocalFile:
                 raise ReadError(f"{self.path}: {what}: cannot be read: {error.strerror}") from None
             if got == 0:
                 raise ConvertError(
-                    f"{self.path}: {what}: the file ends at byte {offset + done}; "
-                    "the file is damaged or truncated, download it again"
+                    f"{self.path}: {what}: the file ends at byte {offset + done}",
+                    todo="the file is damaged or truncated, download it again",
                 )
             done += got
 

@@ -237,8 +237,8 @@ def open_checkpoint(source: Path | str, mtp: bool = True) -> Iterator[Checkpoint
             for name in file.tensors:
                 if name in where:
                     raise ConvertError(
-                        f"{file_path}: {name!r} is also in {where[name].name}; "
-                        "expected each tensor in one file, download the checkpoint again"
+                        f"{file_path}: {name!r} is also in {where[name].name}",
+                        todo="expected each tensor in one file, download the checkpoint again",
                     )
                 where[name] = file_path
         if not root.single:
@@ -257,7 +257,8 @@ def _find(source: Path | str) -> _Root:
     if id is None:
         on_hub = "" if isinstance(source, Path) else ", or an id on the hub ([hf://]OWNER/NAME[@REVISION])"
         raise ConvertError(
-            f"{shortened(source)}: not found; expected a checkpoint folder or a safetensors file{on_hub}"
+            f"{shortened(source)}: not found",
+            todo=f"expected a checkpoint folder or a safetensors file{on_hub}",
         )
     try:
         return _on_disk(cached_folder(id)) if is_offline(id) else _on_hub(id)
@@ -287,7 +288,7 @@ def _on_disk(path: Path) -> _Root:
         folder, single, index = path.parent, path.name, None
     else:
         todo = "; to quantize a GGUF file: kimi-llama quantize" if path.suffix == ".gguf" else ""
-        raise ConvertError(f"{path}: expected a checkpoint folder or a .safetensors file{todo}")
+        raise ConvertError(path, expected=f"a checkpoint folder or a .safetensors file{todo}")
     weight_map = _weight_map(folder / index) if index else {}
     return _Root(folder, folder, weight_map, single, lambda name: SafetensorsFile(LocalFile(folder / name)))
 
@@ -305,28 +306,33 @@ def _weights(path: PurePath, names: Collection[str]) -> tuple[str | None, str | 
     """The single file or the index among the names of a folder's files."""
     single, index = SINGLE in names, INDEX in names
     if single and index:
-        raise ConvertError(f"{path}: has both {SINGLE} and {INDEX}; give the path of the one to convert")
+        raise ConvertError(
+            f"{path}: has both {SINGLE} and {INDEX}", todo="give the path of the one to convert"
+        )
     if single or index:
         return (SINGLE, None) if single else (None, INDEX)
     pickles = sorted(name for name in names if PurePath(name).suffix in _PICKLES)
     if pickles:
         raise ConvertError(f"{path / pickles[0]}: {_NO_PICKLES}")
-    raise ConvertError(f"{path}: has neither {SINGLE} nor {INDEX}; expected a checkpoint folder")
+    raise ConvertError(f"{path}: has neither {SINGLE} nor {INDEX}", todo="expected a checkpoint folder")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name of a shard index; all files are in the index's folder."""
     found = read_object(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise ConvertError(f"{index}: weight_map: expected an object of tensor and file names")
+        raise ConvertError(f"{index}: weight_map", expected="an object of tensor and file names")
     for name, file in found.items():
         if not isinstance(file, str) or not file.endswith(".safetensors") or not file.isprintable():
-            raise ConvertError(f"{index}: {name!r}: expected a .safetensors file name, found {file!r:.80}")
+            raise ConvertError(
+                f"{index}: {name!r}", expected="a .safetensors file name", found=f"{file!r:.80}"
+            )
         posix, windows = PurePosixPath(file), PureWindowsPath(file)
         if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
             raise ConvertError(
-                f"{index}: {name!r}: expected a file in the folder of the index, found {file!r:.80}, which is "
-                "outside of it"
+                f"{index}: {name!r}",
+                expected="a file in the folder of the index",
+                found=f"{file!r:.80}, which is outside of it",
             )
     return found
 
@@ -335,17 +341,21 @@ def _check_index(path: PurePath, weight_map: Mapping[str, str], where: Mapping[s
     """Raise `ConvertError` if the index and the shards differ."""
     for name, file in weight_map.items():
         if name not in where:
-            raise ConvertError(f"{path / file}: missing tensor {name!r} of {INDEX}; download the file again")
+            raise ConvertError(
+                f"{path / file}: missing tensor {name!r} of {INDEX}", todo="download the file again"
+            )
         if where[name] != path / file:
             raise ConvertError(
-                f"{path / INDEX}: {name!r}: expected in {file}, found in {where[name].name}; "
-                "index and files do not belong together, download the checkpoint again"
+                f"{path / INDEX}: {name!r}",
+                expected=f"in {file}",
+                found=f"in {where[name].name}",
+                todo="index and files do not belong together, download the checkpoint again",
             )
     for name, found in where.items():
         if name not in weight_map:
             raise ConvertError(
-                f"{found}: unexpected tensor {name!r}, which {INDEX} does not list; "
-                "index and files do not belong together, download the checkpoint again"
+                f"{found}: unexpected tensor {name!r}, which {INDEX} does not list",
+                todo="index and files do not belong together, download the checkpoint again",
             )
 
 
@@ -369,8 +379,9 @@ def _resolve(
             raise _missing(path, candidates, where)
         if len(found) > 1:
             raise ConvertError(
-                f"{where[found[1].stored]}: {found[1].stored!r} is a duplicate of {found[0].stored!r} "
-                f"in {where[found[0].stored].name}; keep one of the two"
+                f"{where[found[1].stored]}: {found[1].stored!r} is a duplicate of "
+                f"{found[0].stored!r} in {where[found[0].stored].name}",
+                todo="keep one of the two",
             )
         resolved[name] = found[0]
         if found[0].scales is not None:
@@ -386,21 +397,26 @@ def _resolve(
             continue
         if stored not in used:
             raise ConvertError(
-                f"{file}: unexpected tensor {stored!r}; {CONFIG} describes a model without it, "
-                "and without this tensor it may compute something else"
+                f"{file}: unexpected tensor {stored!r}",
+                todo=(
+                    f"{CONFIG} describes a model without it, and without this tensor it may compute "
+                    "something else"
+                ),
             )
         tensor, (padded, place, expected) = files[file].tensors[stored], used[stored]
         longer = padded and len(tensor.shape) == 1 and tensor.shape > expected
         if tensor.shape != expected and not longer:
             raise ConvertError(
-                f"{file}: {stored!r}: expected shape {list(expected)} by {CONFIG}, "
-                f"found {list(tensor.shape)}; file and config do not belong together"
+                f"{file}: {stored!r}",
+                expected=f"shape {list(expected)} by {CONFIG}",
+                found=list(tensor.shape),
+                todo="file and config do not belong together",
             )
         dtypes = FLOATS if place.scales is None else PACKED if stored == place.stored else SCALES
         if tensor.dtype not in dtypes:
             todo = "save the checkpoint in one of those" if dtypes is FLOATS else "only MXFP4 is read"
             raise ConvertError(
-                f"{file}: {stored!r}: expected dtype {', '.join(dtypes)}, found {tensor.dtype}; {todo}"
+                f"{file}: {stored!r}", expected=f"dtype {', '.join(dtypes)}", found=tensor.dtype, todo=todo
             )
     return resolved
 
@@ -409,15 +425,15 @@ def _missing(path: PurePath, candidates: Sequence[Place], where: Mapping[str, Pu
     for place in candidates:
         if (packed := f"{place.stored}_packed") in where:
             return ConvertError(
-                f"{where[packed]}: unexpected tensor {packed!r}: only routed experts may be packed; dequantise the "
-                "others"
+                f"{where[packed]}: unexpected tensor {packed!r}: only routed experts may be packed",
+                todo="dequantise the others",
             )
     first, *others = candidates
     also = ", ".join(repr(place.stored) for place in others)
     return ConvertError(
-        f"{path}: missing tensor {first.stored!r} of shape {list(first.stored_shape)}"
-        f"{f' (also looked for {also})' if also else ''}; the checkpoint is incomplete, "
-        f"or {CONFIG} describes another model"
+        f"{path}: missing tensor {first.stored!r} of shape "
+        f"{list(first.stored_shape)}{(f' (also looked for {also})' if also else '')}",
+        todo=f"the checkpoint is incomplete, or {CONFIG} describes another model",
     )
 
 
@@ -425,11 +441,13 @@ def _check_packed(place: Place, config: ModelConfig, where: Mapping[str, PurePat
     file = where[place.stored]
     if not config.mxfp4_experts:
         raise ConvertError(
-            f"{file}: {place.stored!r}: expected a quantization_config in {CONFIG} that describes packed weights, "
-            "found none; use the config of the original checkpoint"
+            f"{file}: {place.stored!r}",
+            expected=f"a quantization_config in {CONFIG} that describes packed weights",
+            found="none",
+            todo="use the config of the original checkpoint",
         )
     if place.scales not in where:
         raise ConvertError(
-            f"{file}: {place.stored!r}: missing tensor {place.scales!r} with its scales; download the checkpoint "
-            "again"
+            f"{file}: {place.stored!r}: missing tensor {place.scales!r} with its scales",
+            todo="download the checkpoint again",
         )

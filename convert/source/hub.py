@@ -79,7 +79,9 @@ class Repository:
         if (cached := self.folder / name).is_file():
             return LocalFile(cached)
         if name not in self.names:
-            raise ConvertError(f"{self.path / name}: not found; the checkpoint on the hub is incomplete")
+            raise ConvertError(
+                f"{self.path / name}: not found", todo="the checkpoint on the hub is incomplete"
+            )
         return RemoteFile(self.path / name, self.web, lambda: self._locate(name), self.ahead)
 
     def _locate(self, name: str) -> Location:
@@ -90,7 +92,7 @@ class Repository:
             found = get_hf_file_metadata(url, library_name=LIBRARY)
         if found.size is None or not found.etag:
             facts = f"{found.size} and {found.etag!r:.60}"
-            raise ReadError(f"{self.path / name}: {self.web.hub}: expected size and ETag, found {facts}")
+            raise ReadError(f"{self.path / name}: {self.web.hub}", expected="size and ETag", found=facts)
         return Location(urljoin(url, found.location), found.commit_hash or "", found.etag, found.size)
 
 
@@ -104,14 +106,16 @@ def open_repository(id: HubId, small: Sequence[str]) -> Repository:
     info = web.persistently(str(id), lambda: _model_info(id, web))
     commit, sizes = info.sha or "", {file.rfilename: file.size for file in info.siblings or ()}
     if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(id.revision) and commit != id.revision):
-        raise ReadError(f"{id}: {web.hub}: expected the commit of the revision, found {commit!r:.60}")
+        raise ReadError(f"{id}: {web.hub}", expected="the commit of the revision", found=f"{commit!r:.60}")
     paths: list[Path] = []
     for name in (name for name in small if name in sizes):
         if (sizes[name] or 0) > (MAX_INDEX_BYTES if name.endswith(".index.json") else MAX_BYTES):
-            raise ConvertError(f"{id}: {name}: expected a small file, found {sizes[name]:,} bytes")
+            raise ConvertError(f"{id}: {name}", expected="a small file", found=f"{sizes[name]:,} bytes")
         paths.append(web.persistently(f"{id}: {name}", partial(_download, id, commit, name, web)))
     if not paths:
-        raise ConvertError(f"{id}: has none of {', '.join(small)}; expected a checkpoint in safetensors")
+        raise ConvertError(
+            f"{id}: has none of {', '.join(small)}", todo="expected a checkpoint in safetensors"
+        )
     ahead: ReadAhead[RemoteFile] = ReadAhead(RemoteFile.fetch, web.stopped, web.stop)
     return Repository(id, commit, paths[0].parent, frozenset(sizes), web, ahead)
 
@@ -128,8 +132,9 @@ def cached_folder(id: HubId) -> Path:
         return Path(hub.snapshot_download(id.repository, revision=id.revision, local_files_only=True))
     except (FileNotFoundError, ValueError):
         raise ConvertError(
-            f"{id}: not in the cache {hub.constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids requests to the hub; "
-            "download it first, or unset HF_HUB_OFFLINE"
+            f"{id}: not in the cache {hub.constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids "
+            "requests to the hub",
+            todo="download it first, or unset HF_HUB_OFFLINE",
         ) from None
 
 
@@ -141,8 +146,8 @@ def _library(id: HubId | None) -> Any:
         import huggingface_hub.utils
     except ImportError:
         raise ConvertError(
-            f"{id or PREFIX}: reading from the hub requires huggingface_hub: {install('huggingface_hub')}; "
-            "or download the checkpoint and give its folder"
+            f"{id or PREFIX}: reading from the hub requires huggingface_hub: {install('huggingface_hub')}",
+            todo="or download the checkpoint and give its folder",
         ) from None
     return huggingface_hub
 
@@ -204,10 +209,10 @@ def _translated_errors(what: str, web: Web) -> Iterator[None]:
             wait = remote.retry_after(error.response.headers.get("Retry-After", ""))
             raise PassingError(f"{web.hub} answers {status}", wait) from None
         todo = _TOKEN if status in {401, 403} else "try again later"
-        raise ReadError(f"{what}: {web.hub} answers {status}; {todo}") from None
+        raise ReadError(f"{what}: {web.hub} answers {status}", todo=todo) from None
     except web.failures as error:
         if type(error).__name__ in {"TooManyRedirects", "UnsupportedProtocol"}:
-            raise ReadError(f"{what}: {web.hub}: {reason(error)}; check HF_ENDPOINT") from None
+            raise ReadError(f"{what}: {web.hub}: {reason(error)}", todo="check HF_ENDPOINT") from None
         raise PassingError(f"{web.hub} cannot be reached ({reason(error)})") from None
     except OSError as error:
         raise ConvertError(f"{what}: cannot be downloaded to the cache: {reason(error)}") from None

@@ -26,11 +26,13 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
         if len(found) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ConvertError(f"{where}: the key {twice!r} appears twice in one object; remove one of them")
+            raise ConvertError(
+                f"{where}: the key {twice!r} appears twice in one object", todo="remove one of them"
+            )
         return found
 
     def no_constant(name: str) -> Any:
-        raise ConvertError(f"{where}: {name} is not JSON; expected a finite number")
+        raise ConvertError(f"{where}: {name} is not JSON", todo="expected a finite number")
 
     try:
         if isinstance(text, bytes):
@@ -39,10 +41,10 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConvertError(
-            f"{where}: not valid JSON ({reason}); the file is damaged or truncated, download it again"
+            f"{where}: not valid JSON ({reason})", todo="the file is damaged or truncated, download it again"
         ) from None
     if not isinstance(value, dict):
-        raise ConvertError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise ConvertError(where, expected="a JSON object", found=f"{type(value).__name__}")
     return value
 
 
@@ -51,16 +53,19 @@ def read_small_file(path: Path, most: int = MAX_BYTES) -> bytes:
     try:
         if path.exists() and not path.is_file():
             raise ConvertError(
-                f"{path}: expected a file, found {kind_of(path)}; copy the file from the checkpoint"
+                path,
+                expected="a file",
+                found=kind_of(path),
+                todo="copy the file from the checkpoint",
             )
         with path.open("rb") as file:
             data = file.read(most + 1)
     except FileNotFoundError:
-        raise ConvertError(f"{path}: not found; copy it from the original checkpoint") from None
+        raise ConvertError(f"{path}: not found", todo="copy it from the original checkpoint") from None
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > most:
-        raise ConvertError(f"{path}: expected at most {most >> 20} MiB, found a larger file")
+        raise ConvertError(path, expected=f"at most {most >> 20} MiB", found="a larger file")
     return data
 
 

@@ -123,8 +123,11 @@ class Patience:
         self._attempts = 1 if gained >= ENOUGH else self._attempts + 1
         if self._attempts >= ATTEMPTS:
             raise ReadError(
-                f"{self._what}: {error}; gave up after {self._attempts} attempts without data; check the network, "
-                "then continue with --resume"
+                f"{self._what}: {error}",
+                todo=(
+                    f"gave up after {self._attempts} attempts without data; check the network, then "
+                    "continue with --resume"
+                ),
             ) from None
         self._web.stopped.wait(max(error.wait, min(FIRST_PAUSE * 2 ** (self._attempts - 1), LONGEST_PAUSE)))
         self._web.check_running()
@@ -187,8 +190,10 @@ class RemoteFile:
             stamp = (self._now.commit, self._now.etag, self._now.size)
             if stamp != self.stamp:
                 raise ConvertError(
-                    f"{self.path}: was changed while it was read (commit, ETag, size: expected {self.stamp}, found "
-                    f"{stamp}); the output would be a mixture: convert the checkpoint again"
+                    f"{self.path}: was changed while it was read (commit, ETag, size",
+                    expected=self.stamp,
+                    found=f"{stamp})",
+                    todo="the output would be a mixture: convert the checkpoint again",
                 )
         return self._now
 
@@ -213,7 +218,7 @@ class RemoteFile:
                     url = self._redirected(url, answer.headers.get("Location", ""))
             except self._web.failures as error:
                 raise PassingError(f"the connection failed ({reason(error)})") from None
-        raise ReadError(f"{self.path}: expected at most {REDIRECTS} redirects, the last is to {_host(url)}")
+        raise ReadError(self.path, expected=f"at most {REDIRECTS} redirects, the last is to {_host(url)}")
 
     def _redirected(self, url: str, target: str) -> str:
         try:
@@ -222,7 +227,7 @@ class RemoteFile:
         except ValueError:
             allowed = False
         if not allowed:
-            raise ReadError(f"{self.path}: {_host(url)} redirects to {target!r:.80}; expected https")
+            raise ReadError(f"{self.path}: {_host(url)} redirects to {target!r:.80}", todo="expected https")
         return found
 
     def _check(self, answer: Any, url: str, begin: int, end: int) -> None:
@@ -233,16 +238,17 @@ class RemoteFile:
 
         def wrong(what: str, expected: object, found: object) -> ReadError:
             differ = f"expected {expected}, found {found!r:.80}"
-            return ReadError(f"{self.path}: {_host(url)}: {what}: {differ}; {_NO_RANGES}")
+            return ReadError(f"{self.path}: {_host(url)}: {what}: {differ}", todo=_NO_RANGES)
 
         if status != 206:
             raise wrong(f"request for bytes {begin}-{end - 1}", "status 206", status)
         etag = headers.get("ETag", "")
         if etag and self._etags.setdefault(_host(url), etag) != etag:
             raise ConvertError(
-                f"{self.path}: was changed while it was read (ETag at {_host(url)}: expected "
-                f"{self._etags[_host(url)]:.80}, found {etag:.80}); the output would be a mixture: convert the "
-                "checkpoint again"
+                f"{self.path}: was changed while it was read (ETag at {_host(url)}",
+                expected=f"{self._etags[_host(url)]:.80}",
+                found=f"{etag:.80})",
+                todo="the output would be a mixture: convert the checkpoint again",
             )
         content_range = headers.get("Content-Range", "")
         found = _RANGE.fullmatch(content_range)
@@ -258,7 +264,7 @@ class RemoteFile:
         for chunk in answer.iter_raw():
             self._web.check_running()
             if done + len(chunk) > size:
-                raise ReadError(f"{self.path}: expected {size} bytes, received more; {_NO_RANGES}")
+                raise ReadError(self.path, expected=f"{size} bytes, received more", todo=_NO_RANGES)
             yield chunk
             done += len(chunk)
             if time.monotonic() - since > SLOW_SECONDS:

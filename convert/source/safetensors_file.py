@@ -120,8 +120,8 @@ class SafetensorsFile:
                 same = False
         if not same:
             raise ConvertError(
-                f"{self.path}: was changed while it was read; the output would be a mixture: convert the "
-                "checkpoint again"
+                f"{self.path}: was changed while it was read",
+                todo="the output would be a mixture: convert the checkpoint again",
             )
 
     def read(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
@@ -144,14 +144,16 @@ class SafetensorsFile:
     def _header_bytes(self) -> bytes:
         size = self.source.size
         if size < 8:
-            raise ConvertError(f"{self.path}: expected at least 8 bytes, found {size}; {_TODO}")
+            raise ConvertError(self.path, expected="at least 8 bytes", found=size, todo=_TODO)
         prefix = bytearray(8)
         self.source.read_into(memoryview(prefix), 0, "the header's length")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(size - 8, MAX_HEADER_BYTES):
             raise ConvertError(
-                f"{self.path}: header length: expected at most {min(size - 8, MAX_HEADER_BYTES)} bytes, found "
-                f"{length}; not a safetensors file, or {_TODO}"
+                f"{self.path}: header length",
+                expected=f"at most {min(size - 8, MAX_HEADER_BYTES)} bytes",
+                found=length,
+                todo=f"not a safetensors file, or {_TODO}",
             )
         header = bytearray(length)
         self.source.read_into(memoryview(header), 8, "the header")
@@ -164,7 +166,7 @@ class SafetensorsFile:
         entries = parse_object(header, f"{self.path} (header)")
         metadata = entries.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise ConvertError(f"{self.path}: __metadata__: expected an object of strings; {_TODO}")
+            raise ConvertError(f"{self.path}: __metadata__", expected="an object of strings", todo=_TODO)
         start = 8 + len(header)
         tensors = {name: self._entry(name, entry, start, size) for name, entry in entries.items()}
         self._check_cover(list(tensors.values()), start, size)
@@ -172,7 +174,9 @@ class SafetensorsFile:
 
     def _entry(self, name: str, entry: Any, start: int, size: int) -> StoredTensor:
         def fail(expected: str, found: Any) -> ConvertError:
-            return ConvertError(f"{self.path}: {name!r}: expected {expected}, found {found!r:.80}; {_TODO}")
+            return ConvertError(
+                f"{self.path}: {name!r}", expected=expected, found=f"{found!r:.80}", todo=_TODO
+            )
 
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise fail("an object of dtype, shape and data_offsets", entry)
@@ -198,7 +202,7 @@ class SafetensorsFile:
         for tensor in sorted(tensors, key=lambda t: (t.begin, t.end)):
             if tensor.begin != at:
                 what = "overlaps" if tensor.begin < at else "leaves a gap after"
-                raise ConvertError(f"{self.path}: {tensor.name!r} {what} {before}; {_TODO}")
+                raise ConvertError(f"{self.path}: {tensor.name!r} {what} {before}", todo=_TODO)
             at, before = tensor.end, repr(tensor.name)
         if at != size:
-            raise ConvertError(f"{self.path}: expected {at} bytes by its header, found {size}; {_TODO}")
+            raise ConvertError(self.path, expected=f"{at} bytes by its header", found=size, todo=_TODO)

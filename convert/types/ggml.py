@@ -30,7 +30,9 @@ class Ggml:
         try:
             found = ctypes.CDLL(str(library))
         except OSError as error:
-            raise ConvertError(f"{library}: cannot be loaded: {error}; run `kimi-llama build`") from None
+            raise ConvertError(
+                f"{library}: cannot be loaded: {error}", todo="run `kimi-llama build`"
+            ) from None
         pointer, kind, size, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_int64
 
         def function(name: str, result: Any, *arguments: Any) -> Any:
@@ -51,8 +53,10 @@ class Ggml:
         sizes = self._block(kind.number), self._block_bytes(kind.number)
         if sizes != (kind.block, kind.block_bytes):
             raise ConvertError(
-                f"{kind.name}: expected blocks of {kind.block} elements in {kind.block_bytes} bytes, found "
-                f"{sizes[0]} in {sizes[1]}; build llama.cpp again: kimi-llama build"
+                kind.name,
+                expected=f"blocks of {kind.block} elements in {kind.block_bytes} bytes",
+                found=f"{sizes[0]} in {sizes[1]}",
+                todo="build llama.cpp again: kimi-llama build",
             )
         self._init(kind.number)
 
@@ -84,7 +88,9 @@ def load() -> Ggml:
         raise ConvertError(str(error)) from None
     if engine is None:
         raise ConvertError(
-            "--type: expected a build of llama.cpp, whose functions quantize to this type, found none; run "
-            "`kimi-llama build` (minutes, once), or use F32, F16 or BF16"
+            "--type",
+            expected="a build of llama.cpp, whose functions quantize to this type",
+            found="none",
+            todo="run `kimi-llama build` (minutes, once), or use F32, F16 or BF16",
         )
     return Ggml(engine.lib / LIBRARY, engine.key)

@@ -44,7 +44,7 @@ class Importances:
 def read_importances(path: Path) -> Importances:
     """Read either format. Raises `ConvertError` or `GgufError` if the file is damaged, empty, or not finite."""
     if path.exists() and not path.is_file():
-        raise ConvertError(f"{path}: expected an importance matrix, found {kind_of(path)}")
+        raise ConvertError(path, expected="an importance matrix", found=kind_of(path))
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -52,12 +52,12 @@ def read_importances(path: Path) -> Importances:
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read: {error.strerror}") from None
     if not found.weights:
-        raise ConvertError(f"{path}: expected entries, found none; make it again with llama-imatrix")
+        raise ConvertError(path, expected="entries", found="none", todo="make it again with llama-imatrix")
     for name, weights in found.weights.items():
         if not np.isfinite(weights).all():
             found_value = weights[~np.isfinite(weights)][0]
             raise ConvertError(
-                f"{path}: {name!r}: expected finite numbers, found {found_value}; make it again"
+                f"{path}: {name!r}", expected="finite numbers", found=found_value, todo="make it again"
             )
     return found
 
@@ -65,15 +65,20 @@ def read_importances(path: Path) -> Importances:
 def _gguf(path: Path) -> Importances:
     with GgufFile(path) as file:
         if missing := [key for key in (_DATASETS, _CHUNKS, _CHUNK_SIZE) if key not in file.keys]:
-            raise ConvertError(f"{path}: missing key {missing[0]}; make it with llama-imatrix")
+            raise ConvertError(f"{path}: missing key {missing[0]}", todo="make it with llama-imatrix")
         datasets, chunks = file.keys[_DATASETS], file.keys[_CHUNKS]
         if not isinstance(datasets, list) or not isinstance(chunks, int):
             types = f"{type(datasets).__name__} and {type(chunks).__name__}"
             raise ConvertError(
-                f"{path}: {_DATASETS}, {_CHUNKS}: expected list and int, found {types}; make it with llama-imatrix"
+                f"{path}: {_DATASETS}, {_CHUNKS}",
+                expected="list and int",
+                found=types,
+                todo="make it with llama-imatrix",
             )
         if not 0 <= chunks < 2**31:
-            raise ConvertError(f"{path}: {_CHUNKS}: expected 0 to {2**31 - 1}, found {chunks}; make it again")
+            raise ConvertError(
+                f"{path}: {_CHUNKS}", expected=f"0 to {2**31 - 1}", found=chunks, todo="make it again"
+            )
         weights: dict[str, Values] = {}
         for full in file.tensors:
             name, suffix = full[: full.rfind(".")], full[full.rfind(".") :]
@@ -81,7 +86,7 @@ def _gguf(path: Path) -> Importances:
                 continue
             pair = [file.tensors.get(name + suffix) for suffix in (_SUMS, _COUNTS)]
             if pair[0] is None or pair[1] is None or {t.type.name for t in pair if t} != {"F32"}:
-                raise ConvertError(f"{path}: {name!r}: expected {_SUMS} and {_COUNTS}, both F32")
+                raise ConvertError(f"{path}: {name!r}", expected=f"{_SUMS} and {_COUNTS}, both F32")
             if suffix == _SUMS:
                 sums, counts = (file.read(t).view("<f4") for t in pair if t)
                 weights[name] = _means(sums, counts, f"{path}: {name!r}")
@@ -91,7 +96,7 @@ def _gguf(path: Path) -> Importances:
 def _means(sums: Values, counts: Values, where: str) -> Values:
     """Mean squares: each expert's sums divided by its number of calls; ones for an expert without calls."""
     if not np.isfinite(counts).all() or len(sums) % len(counts):
-        raise ConvertError(f"{where}: expected a multiple of {len(counts)} sums, found {len(sums)}")
+        raise ConvertError(where, expected=f"a multiple of {len(counts)} sums", found=len(sums))
     whole = np.copysign(np.floor(np.abs(counts.astype(np.float64)) + 0.5), counts).astype(np.float32)
     by_expert = sums.reshape(len(counts), -1)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -102,12 +107,12 @@ def _means(sums: Values, counts: Values, where: str) -> Values:
 def _legacy(path: Path) -> Importances:
     """i32 entries; each: i32 length, name, i32 calls, i32 values, float32 values; then i32 chunks, dataset."""
     if path.stat().st_size > _MAX_BYTES:
-        raise ConvertError(f"{path}: expected an importance matrix, found more than {_MAX_BYTES >> 30} GiB")
+        raise ConvertError(path, expected="an importance matrix", found=f"more than {_MAX_BYTES >> 30} GiB")
     data, at = path.read_bytes(), 0
 
     def fail(what: str) -> ConvertError:
         return ConvertError(
-            f"{path}: invalid importance matrix: {what} at byte {at}; make it with llama-imatrix"
+            f"{path}: invalid importance matrix: {what} at byte {at}", todo="make it with llama-imatrix"
         )
 
     def take(count: int, what: str) -> bytes:

@@ -169,8 +169,10 @@ def choose_types(
     patterns = [(_compiled(pattern), kind) for pattern, kind in request.overrides]
     if patterns and not request.file_type.quantized:
         raise ConvertError(
-            f"--tensor-type: expected a quantized --type, found {request.file_type.name}; llama-quantize ignores it "
-            "with other types"
+            "--tensor-type",
+            expected="a quantized --type",
+            found=request.file_type.name,
+            todo="llama-quantize ignores it with other types",
         )
     num_v = sum(_kind(output.name) == "v" for output in outputs)
     chooser = _Chooser(config, request, patterns, importances, num_v)
@@ -222,8 +224,9 @@ class _Chooser:
         if asked is not None:
             if output.ne[0] % asked.block:
                 raise ConvertError(
-                    f"{output.name}: {asked.name} requires rows of a multiple of {asked.block} values, found "
-                    f"{output.ne[0]}; choose another type"
+                    f"{output.name}: {asked.name} requires rows of a multiple of {asked.block} values, "
+                    f"found {output.ne[0]}",
+                    todo="choose another type",
                 )
             return asked
         if not base.quantized:
@@ -282,8 +285,9 @@ def _fallback(output: Output, kind: TensorType) -> TensorType:
     if kind.block > 32:
         if kind.name not in _FALLBACKS:
             raise ConvertError(
-                f"{output.name}: {kind.name} requires rows of a multiple of {kind.block} values, found {columns}, and "
-                f"has no fallback type; choose one: --tensor-type '{output.name}=Q8_0'"
+                f"{output.name}: {kind.name} requires rows of a multiple of {kind.block} values, "
+                f"found {columns}, and has no fallback type",
+                todo=f"choose one: --tensor-type '{output.name}=Q8_0'",
             )
         kind = TENSOR_TYPES[_FALLBACKS[kind.name]]
     return kind if columns % kind.block == 0 else F16

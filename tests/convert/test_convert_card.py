@@ -26,12 +26,12 @@ from markdown_it import MarkdownIt
 from random_checkpoint import Spec
 from test_convert_like_quantize import write_imatrix
 
+from kimi_gguf.convert.card import folder as card_folder
+from kimi_gguf.convert.card.folder import Hashed, figures_of, may_be_of, others_of
+from kimi_gguf.convert.card.text import Listed, Made, card_text, made_in, plain, table, yaml_text
 from kimi_gguf.convert.conversion import Options, plan_only
 from kimi_gguf.convert.conversion import convert as convert_in_python
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.output import card_folder
-from kimi_gguf.convert.output.card_folder import Hashed, figures_of, may_be_of, others_of
-from kimi_gguf.convert.output.model_card import Listed, Made, card_text, made_in, plain, table, yaml_text
 from kimi_gguf.convert.output.writer import ProgressCallback
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.source.origin import licence_keys

@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 from random_checkpoint import Spec, write_checkpoint
 from test_validate_stored import GOLDEN
 
+from kimi_gguf.convert.card.folder import earlier_card, figures_of, made_of
+from kimi_gguf.convert.card.text import Basis, Listed, Made, made_in
+from kimi_gguf.convert.card.text import card_text as convert_card_text
 from kimi_gguf.convert.cli import main as convert_kimi
 from kimi_gguf.convert.conversion import Options, convert
-from kimi_gguf.convert.output.card_folder import earlier_card, figures_of, made_of
-from kimi_gguf.convert.output.model_card import Basis, Listed, Made, made_in
-from kimi_gguf.convert.output.model_card import card_text as convert_card_text
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import RECIPES
 from kimi_gguf.engine.builds import Engine

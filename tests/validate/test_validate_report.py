@@ -15,7 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 from validate_case import FLASH, TOKENS, run_with
 
-from kimi_gguf.convert.output.model_card import plain
+from kimi_gguf.convert.card.text import plain
 from kimi_gguf.validate.gates import Evidence, judge
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.metrics import Summary

@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from kimi_gguf.convert.output.journal import stamp
-from kimi_gguf.convert.output.model_card import (
+from kimi_gguf.convert.card.text import (
     REPORTS,
     Basis,
     Figures,
@@ -24,6 +23,7 @@ from kimi_gguf.convert.output.model_card import (
     made_in,
     stem_of,
 )
+from kimi_gguf.convert.output.journal import stamp
 from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.file_hash import FileHashes, hash_files
