@@ -9,13 +9,18 @@ class KimiError(Exception):
     def __init__(
         self, what: object, *, expected: object = None, found: object = None, todo: str | None = None
     ) -> None:
-        self.what, self.expected, self.found, self.todo = what, expected, found, todo
-        facts = ", ".join(
+        self.what = str(what)
+        self.expected = None if expected is None else str(expected)
+        self.found = None if found is None else str(found)
+        self.todo = todo
+        facts = [
             f"{label} {value}"
-            for label, value in (("expected", expected), ("found", found))
+            for label, value in (("expected", self.expected), ("found", self.found))
             if value is not None
+        ]
+        super().__init__(
+            "; ".join(filter(None, [": ".join(filter(None, [self.what, ", ".join(facts)])), todo]))
         )
-        super().__init__("; ".join(filter(None, [": ".join(filter(None, [str(what), facts])), todo])))
 
 
 class PatchError(KimiError):
