@@ -156,10 +156,10 @@ class Series:
         return Series(tuple(patch for patch in self.patches if patch.kind == FIXES))
 
     def digest(self) -> str:
-        """sha256 in hex over all patches and operator sources: equal digests mean equal trees."""
+        """sha256 in hex over patches, without their headers, and operator sources: equal digests mean equal trees."""
         total = hashlib.sha256()
         for patch in self.patches:
-            parts = [patch.name.encode(), patch.text]
+            parts = [patch.name.encode(), patch.text.removeprefix(patch.header.encode())]
             for overlay in patch.overlays:
                 parts += [overlay.dest.encode(), overlay.content]
             for part in parts:

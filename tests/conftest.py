@@ -19,6 +19,11 @@ from kimi_gguf.scripts.cuda_check import patched_ggml
 
 ROOT = Path(__file__).parent.parent
 
+# What runs by default, what with `--tier ci`, and what only with `--tier full`: folders, the mark `full` of single
+# cases, and whatever needs an upstream build.
+TIERS = ("default", "ci", "full")
+FOLDERS = {"devices": "ci", "platforms": "ci", "long": "full"}
+
 # Files that take minutes, longest first. A test process takes whole files: the long ones at the beginning, so that no
 # process is left alone with one at the end.
 LONG = (
@@ -37,9 +42,32 @@ os.environ.setdefault("KIMI_OPS", "require")
 os.environ.setdefault("KIMI_VERIFY_SECONDS", "0")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the files that take longest."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=TIERS, default="full", help="the tests to run (scripts/test sets it)")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the folders that the tier does not contain: they are not even imported."""
+    return True if _is_after(FOLDERS.get(collection_path.name, "default"), config) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what the tier does not contain; start with the files that take longest."""
+    others = [item for item in items if _is_after(_tier(item), config)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def _tier(item: pytest.Item) -> str:
+    if item.get_closest_marker("full") or "upstream" in getattr(item, "fixturenames", ()):
+        return "full"
+    return FOLDERS.get(item.path.parent.name, "default")
+
+
+def _is_after(tier: str, config: pytest.Config) -> bool:
+    return TIERS.index(tier) > TIERS.index(config.getoption("--tier"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 from pathlib import Path, PurePosixPath
@@ -316,3 +317,8 @@ def test_the_pin_is_complete_and_the_series_digest_follows_its_contents(tiny: ti
     pin = load_pin()
     assert len(pin.archive_sha256) == len(pin.patched_tree_sha256) == 64
     assert tiny.series.digest() != Series(()).digest()
+    (patch, *others) = tiny.series.patches
+    reworded = dataclasses.replace(patch, text=b"More words.\n" + patch.text)
+    assert Series((reworded, *others)).digest() == tiny.series.digest(), "headers are not compiled"
+    changed = dataclasses.replace(patch, text=patch.text + b" ")
+    assert Series((changed, *others)).digest() != tiny.series.digest()

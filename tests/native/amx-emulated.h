@@ -1,7 +1,7 @@
 #pragma once
 
 // Intel's AMX in plain C++, so that a processor without it can run the code for it in ggml_ops
-// (tests/ops/test_other_processors.py) and in upstream (amx-test.cpp). Each intrinsic takes the place of the one in
+// (tests/platforms/test_other_processors.py) and in upstream (amx-test.cpp). Each intrinsic takes the place of the one in
 // immintrin.h, which is included here unless avx512-emulated.h has taken its place.
 //
 // Semantics: TILELOADD, TDPBSSD, TDPBSUD and TDPBF16PS in Intel's "Architecture Instruction Set Extensions". What a processor

@@ -1,7 +1,7 @@
 #pragma once
 
 // AVX-VNNI's vpdpbusd and vpdpwssd in AVX2, so that a processor without AVX-VNNI can run the branches of ggml_ops for it:
-// tests/ops/test_other_processors.py. The compiler includes this file first (-include), with the flags of haswell.
+// tests/platforms/test_other_processors.py. The compiler includes this file first (-include), with the flags of haswell.
 // Semantics: VPDPBUSD and VPDPWSSD in Intel's Software Developer's Manual. Not tested: what compilers make of it, and speed.
 
 #include <immintrin.h>

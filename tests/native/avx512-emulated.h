@@ -1,7 +1,7 @@
 #pragma once
 
 // AVX-512 in plain C++ and AVX2, so that a processor without it can run the branches of ggml_ops for AVX-512 (F, BW,
-// DQ, VL, VNNI, BF16), and with amx-emulated.h those for AMX: tests/ops/test_other_processors.py. The compiler includes
+// DQ, VL, VNNI, BF16), and with amx-emulated.h those for AMX: tests/platforms/test_other_processors.py. The compiler includes
 // this file first (-include), with the flags of a processor with AVX2, F16C and FMA. It takes the place of <immintrin.h>
 // and defines the macros of the instruction sets, the types and, by their own names, the intrinsics that ggml_ops and the
 // headers of ggml-cpu use. Other intrinsics are not declared: if one is needed, the compiler names it, and it must be

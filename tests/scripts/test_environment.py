@@ -118,22 +118,22 @@ def test_an_extra_that_does_not_exist_is_an_error(extras: str, checkout: Path) -
     assert ran(checkout, "scripts/environment", "build", "validate").returncode == 2
 
 
-@pytest.mark.parametrize("words", [["--ful"], ["-k", "router", "--fu"]])
-def test_a_mistyped_full_is_refused_before_anything_is_built(words: list[str], checkout: Path) -> None:
+@pytest.mark.parametrize("words", [["--ful"], ["-k", "router", "--c"]])
+def test_a_mistyped_tier_is_refused_before_anything_is_built(words: list[str], checkout: Path) -> None:
     ended = ran(checkout, "scripts/test", *words)
     assert (ended.returncode, ended.stderr) == (
         2,
-        f"scripts/test: error: expected --full, found {words[-1]}\n",
+        f"scripts/test: error: expected --ci or --full, found {words[-1]}\n",
     )
 
 
 @pytest.mark.parametrize(
     ("words", "selected"),
     [
-        ([], ["-m", "not full"]),
-        (["-k", "a b", "--full-trace"], ["-m", "not full", "-k", "a b", "--full-trace"]),
-        (["--full", "-x"], ["-x"]),
-        (["-x", "--full"], ["-x"]),
+        ([], ["default"]),
+        (["-k", "a b", "--full-trace"], ["default", "-k", "a b", "--full-trace"]),
+        (["--full", "-x"], ["full", "-x"]),
+        (["-x", "--ci"], ["ci", "-x"]),
     ],
 )
 def test_pytest_gets_all_other_arguments(words: list[str], selected: list[str], checkout: Path) -> None:
@@ -144,4 +144,4 @@ def test_pytest_gets_all_other_arguments(words: list[str], selected: list[str], 
     ended = ran(checkout, "scripts/test", *words)
     assert ended.returncode == 0, ended.stderr
     given = ended.stdout.splitlines()
-    assert given[given.index("--durations") + 2 :] == selected
+    assert given[given.index("--tier") + 1 :] == selected

@@ -46,11 +46,11 @@ MODULES = {"convert-kimi": "convert.cli", "validate-kimi": "validate.cli", "kimi
 HARDWARE = (
     (r"xcode-select ", "a Mac"),
     (r"kimi-llama build.*--backend (cuda|metal|vulkan)|bin=", "a GPU, and its vendor's compiler"),
-    (r"kimi-llama (doctor --devices|\w+ --build vulkan)", "a GPU; tests/ops/test_verify.py runs emulated ones"),
-    (r"\S*test-backend-ops ", "a GPU; tests/ops/test_cuda_backend.py runs an emulated one"),
-    (r"kimi-llama bench --backend", "a GPU; tests/bench/test_bench_device.py runs an emulated one"),
-    (r"tools/bench-gpu", "a GPU; tests/tools/test_bench_gpu.py rehearses the stages"),
-    (r"tools/prove-48b [^-]", "200 GB of disk space; tests/tools/test_prove_48b.py rehearses the steps"),
+    (r"kimi-llama (doctor --devices|\w+ --build vulkan)", "a GPU; tests/devices/test_verify.py runs emulated ones"),
+    (r"\S*test-backend-ops ", "a GPU; tests/devices/test_cuda_backend.py runs an emulated one"),
+    (r"kimi-llama bench --backend", "a GPU; tests/devices/test_bench_device.py runs an emulated one"),
+    (r"tools/bench-gpu", "a GPU; tests/devices/test_bench_gpu.py rehearses the stages"),
+    (r"tools/prove-48b [^-]", "200 GB of disk space; tests/long/test_prove_48b.py rehearses the steps"),
     (r"hf download ", "100 GB of disk space; tests/convert/test_convert_hub.py has a stand-in for the hub"),
     (r"python demo/training/train.py ", "half an hour, and WordNet: it made the demo once"),
     (r"convert-kimi moonshotai/Kimi-K3 ", "1.6 TB of disk space; tests/convert/test_convert_k3.py has a small one"),
@@ -70,7 +70,7 @@ ELSEWHERE = (
     (r"(KIMI_GGUF_CACHE=\S+ )?tools/(release|prove-wheel) ", "tests/tools/test_release.py"),
     (r"(diff|sort) .*SHA256SUMS", "tests/tools/test_release.py"),
     (r"git (tag|verify-tag) |gpg |sha256sum .*--check", "tests/tools/test_docs_release.py"),
-    (r"tools/prove-48b --rehearse", "tests/tools/test_prove_48b.py"),
+    (r"tools/prove-48b --rehearse", "tests/long/test_prove_48b.py"),
     (r"kimi-llama build", "tests/engine/test_engine_real.py"),
     (r"kimi-llama use ", "tests/engine/test_engine_builds.py"),
     (r"validate-kimi card (hub|out/one) ", "tests/validate/test_validate_card.py"),  # another folder is done here
@@ -94,11 +94,11 @@ SPANS_ELSEWHERE = (
     (r"git am", "tests/tools/test_pull_requests.py"),
     (r"git commit --amend --reset-author", THIS),
     (r"llama-gguf-split ", "tests/convert/test_convert_split.py"),
-    (r"\.venv/bin/pytest ", "tests/ops/test_latent_plain.py"),
+    (r"\.venv/bin/pytest ", "tests/devices/test_latent_plain.py"),
     (r"python3 tests/test-", "tests/tools/test_pull_requests.py"),
     (r"python -m kimi_gguf.patches (index|record)", "tests/engine/test_engine_series.py"),
     (r"python -m kimi_gguf.bench.operators ", "tests/bench/test_bench_operators.py"),
-    (r"python -m kimi_gguf.validate.(fault|nmse)_table", "tests/tools/test_docs_generators.py"),
+    (r"python -m kimi_gguf.validate.(fault|nmse)_table", "tests/long/test_docs_generators.py"),
 )  # fmt: skip
 OTHER_PROGRAMS = (
     r"(git|gpg|sha256sum|pip|python3?|perf|ssh|llama-[\w-]+|test-backend-ops|\.venv/\S+|apt-get|curl) "

@@ -35,12 +35,12 @@ def test_every_page_of_the_navigation_and_every_linked_source_is_there(site: Pat
         "docs/faq",
         "ggml_ops/kda",
         "patches",
-        "tests/ops/test_verify.py",
+        "tests/devices/test_verify.py",
     ):
         assert (site / page / "index.html").is_file(), page
     home = (site / "index.html").read_text()
     assert 'href="docs/bench/"' in home and 'href="tests/ops/test_kda_operators.py/"' in home
-    source = (site / "tests/ops/test_verify.py/index.html").read_text()
+    source = (site / "tests/devices/test_verify.py/index.html").read_text()
     assert "def test_" in re.sub("<[^>]*>", "", source)
 
 

@@ -1,5 +1,5 @@
 // Planted faults, one of each kind that the emulator has to detect. Input: the name of one. Output: the Fault and
-// status 1, or "nothing found" and status 0. The expected messages: tests/emulators/test_cuda_emulator.py.
+// status 1, or "nothing found" and status 0. The expected messages: tests/devices/test_cuda_emulator.py.
 
 #include <cuda_bf16.h>
 

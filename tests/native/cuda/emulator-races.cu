@@ -1,5 +1,5 @@
 // Planted races in shared memory, for programs compiled to detect them. Input: the name of one. Output: the Fault and
-// status 1, or "nothing found" and status 0. The expected messages: tests/emulators/test_cuda_races.py.
+// status 1, or "nothing found" and status 0. The expected messages: tests/devices/test_cuda_races.py.
 
 #include <cstdio>
 #include <map>
