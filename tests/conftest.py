@@ -15,7 +15,7 @@ from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.build_spec import make_build_spec
 from kimi_gguf.engine.builds import Engine, cache_folder, ensure, load
-from kimi_gguf.scripts.cuda_check import patched_ggml
+from kimi_gguf.tools.cuda_check import patched_ggml
 
 ROOT = Path(__file__).parent.parent
 

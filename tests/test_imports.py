@@ -3,7 +3,7 @@ patches.
 
 Parsed from the sources, so that imports inside functions count, and so do module names in strings, as in
 `python -m`, `import_module` and code for another process. Tests do not belong to any package, and no package imports
-them; but tools/bench-gpu --rehearse and scripts/cuda_check.py use files of tests/.
+them; but tools/bench-gpu --rehearse and tools/cuda_check.py use files of tests/.
 """
 
 from __future__ import annotations

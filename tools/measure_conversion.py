@@ -31,7 +31,7 @@ from kimi_gguf.engine.gguf import GgufModel
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.tensor_names import without_layer
 from kimi_gguf.patches.errors import KimiError
-from kimi_gguf.scripts.record_page import add_outputs, machine_text, page_of, with_note, write
+from kimi_gguf.tools.record_page import add_outputs, machine_text, page_of, with_note, write
 from kimi_gguf.tools.synthetic_checkpoint import num_bytes, smaller_config, tensors, write_synthetic
 from kimi_gguf.tools.upstream_converter import Job, command, environment
 

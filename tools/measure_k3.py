@@ -31,7 +31,7 @@ from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.facts import machine_facts
 from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.patches.errors import KimiError
-from kimi_gguf.scripts.record_page import add_outputs, machine_text, page_of, with_note, write
+from kimi_gguf.tools.record_page import add_outputs, machine_text, page_of, with_note, write
 from kimi_gguf.tools.synthetic_checkpoint import K3_SHARDS, k3_config, write_synthetic
 
 LAYERS = "KM"  # the first has a dense FFN, the second the experts

@@ -37,7 +37,7 @@ from selection import some_of
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
+from kimi_gguf.tools.cuda_check import DEFINITIONS, patched_ggml
 
 pytestmark = pytest.mark.engine
 

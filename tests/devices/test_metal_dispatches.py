@@ -17,7 +17,7 @@ from random_checkpoint import Spec
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine, upstream_source
-from kimi_gguf.scripts.cuda_check import patched_ggml
+from kimi_gguf.tools.cuda_check import patched_ggml
 
 pytestmark = pytest.mark.engine
 

@@ -27,7 +27,7 @@ from random_checkpoint import VOCAB_SIZE, Spec
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.scripts.cuda_check import patched_ggml
+from kimi_gguf.tools.cuda_check import patched_ggml
 
 pytestmark = pytest.mark.engine
 

@@ -15,7 +15,7 @@ from emulators.metal import CompileError, compile_device
 from emulators.metal.build import preprocess
 from emulators.metal.rules import violations
 
-from kimi_gguf.scripts.cuda_check import patched_ggml
+from kimi_gguf.tools.cuda_check import patched_ggml
 
 HEAD = "#include <metal_stdlib>\nusing namespace metal;\n"
 

@@ -19,7 +19,7 @@ from native_program import passed_cases
 from selection import some_of
 
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.scripts.cuda_check import patched_ggml
+from kimi_gguf.tools.cuda_check import patched_ggml
 
 pytestmark = pytest.mark.engine
 

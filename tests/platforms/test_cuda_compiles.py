@@ -13,8 +13,8 @@ import pytest
 from kimi_gguf.engine.builds import upstream_source
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.patches.errors import KimiError
-from kimi_gguf.scripts import cuda_check
-from kimi_gguf.scripts.cuda_check import (
+from kimi_gguf.tools import cuda_check
+from kimi_gguf.tools.cuda_check import (
     ARCHITECTURES,
     KernelUse,
     compile_cuda,

@@ -11,7 +11,7 @@ from emulators.cuda import compile_objects, link_program
 from native_program import OPERATORS, ggml_libraries
 
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.scripts.cuda_check import patched_ggml
+from kimi_gguf.tools.cuda_check import patched_ggml
 
 NATIVE = native_program.NATIVE / "cuda"
 SHARED = [native_program.NATIVE, OPERATORS, OPERATORS / "common", OPERATORS / "common" / "cuda"]

@@ -3,7 +3,7 @@
 Input: the .cu files under ggml_ops. Output: ptxas's figures for each kernel, as a table. No GPU is needed, only
 nvcc: of the CUDA toolkit, or of the Python packages of the extra `cuda`.
 
-    .venv/bin/python -m kimi_gguf.scripts.cuda_check
+    EXTRAS=build,cuda tools/run cuda_check
 """
 
 from __future__ import annotations
