@@ -86,7 +86,6 @@ ELSEWHERE = (
 # how a figure was measured.
 SPANS_HARDWARE = (
     (r"perf |llama-(bench|completion) ", "the machine that the text names"),
-    (r"test-backend-ops ", "a GPU"),
     (r"ssh ", "a second machine; tests/serving/test_workers.py has workers on this one"),
 )
 SPANS_ELSEWHERE = (
