@@ -19,11 +19,19 @@ from pathlib import Path
 from kimi_gguf.engine.archive import file_sha256, unpack
 from kimi_gguf.engine.interrupts import INTERRUPTED
 from kimi_gguf.patches.errors import KimiError, PatchError
-from kimi_gguf.patches.move import APPLIES, CONFLICTS, Trial, folders_in, ggml_version, try_series, write_pin
 from kimi_gguf.patches.pin import PIN_FILE, Pin, load_pin
 from kimi_gguf.patches.pull_requests import load_pull_requests
 from kimi_gguf.patches.series import FIXES, Series, load_series
 from kimi_gguf.patches.tree import Tree, expect_tree, tree_hash
+from kimi_gguf.tools.series_trial import (
+    APPLIES,
+    CONFLICTS,
+    Trial,
+    folders_in,
+    ggml_version,
+    try_series,
+    write_pin,
+)
 from kimi_gguf.tools.upstream_tests import without_fix
 
 EXAMPLES = """\

@@ -6,7 +6,7 @@ Output: logits at every position, and optionally a `Trace` (output of each layer
 The code is written to be read from top to bottom, not to be fast. Each weight is loaded when it is used, and only
 the experts that some token chose are loaded, so that a 48B checkpoint needs no more memory than its largest matrix.
 Each step is a small method, so that a subclass can replace it: with that of another family (ling3.py, kimi_k3.py), or
-with a faulty one (faults.py). models.py chooses the class of an architecture.
+with a faulty one (tools/faults.py). models.py chooses the class of an architecture.
 
 Sources: the Kimi Linear technical report (arXiv 2510.26692) for KDA and MLA without positional encoding, and the
 native `kimi_linear` of transformers 5.23 for the constants. tests/validate/test_reference.py compares with both.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_gguf.validate import fault_table, nmse_table
+from kimi_gguf.tools import fault_table, nmse_table
 
 ROOT = Path(__file__).parents[2]
 

@@ -97,7 +97,6 @@ SPANS_ELSEWHERE = (
     (r"python3 tests/test-", "tests/tools/test_pull_requests.py"),
     (r"python -m kimi_gguf.patches (index|record)", "tests/engine/test_engine_series.py"),
     (r"python -m kimi_gguf.bench.operators ", "tests/bench/test_bench_operators.py"),
-    (r"python -m kimi_gguf.validate.(fault|nmse)_table", "tests/long/test_docs_generators.py"),
 )  # fmt: skip
 OTHER_PROGRAMS = (
     r"(git|gpg|sha256sum|pip|python3?|perf|ssh|llama-[\w-]+|test-backend-ops|\.venv/\S+|apt-get|curl) "
@@ -352,7 +351,7 @@ def test_options_in_code_spans_exist(engine: Engine) -> None:
             given = re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)
             check_options(given, known[name], str(page.relative_to(ROOT)))
             checked += len(given)
-    assert checked > 50
+    assert checked > 40
 
 
 def test_scripts_in_code_spans_exist_with_their_options() -> None:

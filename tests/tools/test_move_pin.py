@@ -8,11 +8,11 @@ import pytest
 import tiny_llama
 
 from kimi_gguf.patches.errors import PatchError
-from kimi_gguf.patches.move import APPLIES, CONFLICTS, IN_UPSTREAM, folders_in, try_series
 from kimi_gguf.patches.pin import PIN_FILE, load_pin
 from kimi_gguf.patches.series import Series, load_series
 from kimi_gguf.patches.tree import Tree, tree_hash
 from kimi_gguf.tools.move_pin import main, move
+from kimi_gguf.tools.series_trial import APPLIES, CONFLICTS, IN_UPSTREAM, folders_in, try_series
 
 FIRST = """Subject: [PATCH] numbers: larger
 

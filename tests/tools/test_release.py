@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import json
@@ -199,6 +200,45 @@ def test_the_wheel_has_programs_and_libraries_but_no_tests(wheel: Path, engine: 
     ]
     assert {f"{ENGINE}lib/{path.name}" for path in engine.lib.iterdir()} <= set(modes)
     assert f"{ENGINE}build.log" not in modes
+
+
+def imports(source: str) -> set[str]:
+    """The modules of this project that a module names: in imports, and in strings, as for `python -m`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= set(re.findall(r"kimi_gguf(?:\.\w+)+", node.value))
+    return found
+
+
+def test_the_wheel_has_only_modules_that_users_run(wheel: Path) -> None:
+    """Those that the commands import, from nine packages; maintainers' programs stay in the checkout."""
+    with zipfile.ZipFile(wheel) as archive:
+        files = [Path(name) for name in archive.namelist() if name.endswith(".py")]
+        sources = {
+            ".".join(file.with_suffix("").parts).removesuffix(".__init__"): archive.read(str(file)).decode()
+            for file in files
+            if not str(file).startswith((ENGINE, "kimi_gguf/ggml_ops/"))  # llama_cpp; sources of the engine
+        }
+    packages = {"bench", "engine", "patches", "scripts", "validate"}
+    packages |= {"convert", *(f"convert.{name}" for name in ("card", "model", "output", "source", "types"))}
+    inside = {name.removeprefix("kimi_gguf.") for name in sources}
+    assert {name for name in inside if any(other.startswith(f"{name}.") for other in inside)} == packages
+    scripts = {name for name in inside if name.startswith("scripts.")}
+    assert scripts == {"scripts.commands", "scripts.kimi_llama", "scripts.llama_tools"}
+    # What users start: the commands, llama_cpp from Python, and the program that an error about the series names.
+    reached, names = set(), ["scripts.commands", "engine.llama_cpp", "patches.__main__"]
+    names = [f"kimi_gguf.{name}" for name in names]
+    while names:
+        name = names.pop()
+        if name in sources and name not in reached:
+            reached.add(name)
+            names += [*imports(sources[name]), name.rpartition(".")[0]]
+    assert sorted(sources.keys() - reached) == []
 
 
 def test_the_manifest_names_no_folder_of_the_machine(wheel: Path) -> None:

@@ -23,7 +23,7 @@ from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.ggml import LIBRARY, Ggml
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES
-from kimi_gguf.validate.nmse_table import measure
+from kimi_gguf.tools.nmse_table import measure
 from kimi_gguf.validate.tensors import (
     NMSE_LIMITS,
     ROW_LIMITED,

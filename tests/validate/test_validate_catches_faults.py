@@ -14,7 +14,7 @@ import pytest
 
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.validate.faults import FAULTS
+from kimi_gguf.tools.faults import FAULTS
 from kimi_gguf.validate.gates import Evidence, GateResult, judge
 from kimi_gguf.validate.llama import RunOptions, tokenize
 from kimi_gguf.validate.measure import VARIANTS, Answer, Ids, Measured, answer, measure, truth

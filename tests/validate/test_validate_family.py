@@ -20,8 +20,8 @@ from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import MXFP4, TypeRequest
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.tools.faults import faults_of
 from kimi_gguf.validate.cli import main
-from kimi_gguf.validate.faults import faults_of
 from kimi_gguf.validate.gates import Evidence, judge
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import VARIANTS, Answer, answer, measure, measure_mtp, truth

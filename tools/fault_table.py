@@ -1,4 +1,4 @@
-"""Compare the metrics' sensitivity: `python -m kimi_gguf.validate.fault_table CHECKPOINT TEXT > TABLE.md`.
+"""Compare the metrics' sensitivity: `tools/run fault_table CHECKPOINT TEXT > TABLE.md`.
 
 Input: a checkpoint and a text file. Output: a Markdown table on standard output with one row for each deliberate
 fault. Each row compares the correct reference with the faulty one. llama.cpp is used only to tokenize the text.
@@ -17,7 +17,7 @@ from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import ensure
-from kimi_gguf.validate.faults import faults_of
+from kimi_gguf.tools.faults import faults_of
 from kimi_gguf.validate.llama import tokenize
 from kimi_gguf.validate.measure import Ids, truth
 from kimi_gguf.validate.metrics import compare, compare_choices, summarise
@@ -25,7 +25,7 @@ from kimi_gguf.validate.probe import reference_of
 from kimi_gguf.validate.report import error_text, share_text
 
 TOKENS = 512
-COMMAND = "python -m kimi_gguf.validate.fault_table"
+COMMAND = "tools/run fault_table"
 
 
 def table(checkpoint_folder: Path, ids: Ids) -> str:

@@ -1,4 +1,4 @@
-"""Measure the NMSE of correct quantization: `python -m kimi_gguf.validate.nmse_table > TABLE.md`.
+"""Measure the NMSE of correct quantization: `tools/run nmse_table > TABLE.md`.
 
 Input: the patched and the upstream build, whose quantization functions convert-kimi and llama-quantize call. Output:
 a Markdown table on standard output with one row for each block type: the NMSE of Gaussian weights, the largest NMSE
@@ -20,7 +20,7 @@ from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType, Values
 from kimi_gguf.validate.report import error_text
 from kimi_gguf.validate.tensors import NMSE_LIMITS, ROW_LIMITED, ROW_NMSE_LIMIT, SquaredErrors, dequantize
 
-COMMAND = "python -m kimi_gguf.validate.nmse_table"
+COMMAND = "tools/run nmse_table"
 ROWS = 128  # of a matrix
 STD = 0.02  # of the weights; the errors are relative, and far from the limits of half precision
 
