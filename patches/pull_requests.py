@@ -62,7 +62,7 @@ class PullRequest:
 
     patch: Patch
     test: UpstreamTest | None
-    needs: tuple[PullRequest, ...]
+    needs: tuple[PullRequest, ...]  # in the order of application, with those that they need
 
     @property
     def name(self) -> str:
@@ -86,12 +86,11 @@ class PullRequest:
 
     def apply(self, tree: Tree, fix: bool = True) -> None:
         """Apply what precedes it, its test and, if wanted, the fix. Raises `PatchConflictError`."""
-        for each in self.needs:
-            each.apply(tree)
-        if fix:
-            self.patch.apply(tree)
-        for change in self.test.diffs if self.test else ():
-            unified.apply(tree, change)
+        for each in (*self.needs, self):
+            if fix or each is not self:
+                each.patch.apply(tree)
+            for change in each.test.diffs if each.test else ():
+                unified.apply(tree, change)
 
     def notes(self) -> str:
         """What the text of the pull request must say."""
@@ -123,8 +122,8 @@ def load_pull_requests(series: Series, folder: Path = PATCH_FOLDER / FIXES) -> l
     for patch in series.fixes().patches:
         path = folder / patch.name.replace(".patch", SUFFIX)
         test = load_test(path) if path.is_file() else None
-        before = tuple(made[name] for name in patch.needs)
-        made[patch.name.removesuffix(".patch")] = PullRequest(patch, test, before)
+        before = {each.name: each for name in patch.needs for each in (*made[name].needs, made[name])}
+        made[patch.name.removesuffix(".patch")] = PullRequest(patch, test, tuple(before.values()))
     stray = [path.name for path in sorted(folder.glob(f"*{SUFFIX}")) if path.stem not in made]
     if stray:
         raise PatchError(

@@ -37,7 +37,7 @@ from kimi_gguf.patches.tree import Tree
 
 PATCH_FOLDER = Path(__file__).resolve().parent
 OVERLAY_FOLDER = PATCH_FOLDER.parent / "ggml_ops"
-FIXES = "fixes"  # corrections of upstream: each needs only the pinned tree, or one other fix
+FIXES = "fixes"  # corrections of upstream: each needs only the pinned tree and the fixes that it names
 OPS = "ops"  # call sites of the operators; changes to batches, memory, server, RPC; they need all fixes
 
 PLACES = {

@@ -8,7 +8,7 @@ llama.cpp refused. The process is llama_test_worker.py.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Setup:
     cache_type: str = "F32"
     n_seq_max: int = 1
     n_rs_seq: int = 0  # states kept for taking tokens back
+    pooling: int | None = None  # llama_pooling_type, for `embed`
+    mtp: bool = False  # load the MTP layer, for `draft`
     kv_unified: bool = False
     n_ubatch: int = 512
     cells: int = 512  # of each sequence
@@ -189,6 +191,26 @@ def keep(sequence: int) -> Step:
 def threads(count: int) -> Step:
     """Set the number of threads from here on."""
     return ["threads", count]
+
+
+def adapters(scales: Mapping[Path, float]) -> Step:
+    """From here on, use these LoRA adapters with their scales, and no others."""
+    return ["adapters", {str(file): scale for file, scale in scales.items()}]
+
+
+def control(scale: float) -> Step:
+    """From here on, add a random control vector, times the scale, to the output of each layer."""
+    return ["control", scale]
+
+
+def embed(*tokens: tuple[int, int, int]) -> Step:
+    """As `decode`; the embeddings of the sequences, or without pooling of the tokens, are kept as logits."""
+    return ["embed", [[int(number) for number in token] for token in tokens]]
+
+
+def draft(*tokens: tuple[int, int, int]) -> Step:
+    """As `decode`, also with the MTP layer, whose logits follow the others. Once in a play."""
+    return ["draft", [[int(number) for number in token] for token in tokens]]
 
 
 def store(sequence: int, name: str) -> Step:

@@ -11,6 +11,7 @@ import numpy as np
 
 from kimi_gguf.engine.llama import Context, Llama, LlamaError, Logits, State, Token, library
 from kimi_gguf.engine.worker import Progress, serve
+from kimi_gguf.validate.llama_worker import MTP_CONTEXT, MtpLayer
 
 ABORT_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)  # ggml_abort_callback
 
@@ -56,10 +57,16 @@ class Player:
             devices=setup.pop("devices"),
             n_gpu_layers=setup.pop("n_gpu_layers"),
             tensor_buft_overrides=ctypes.addressof(overrides),
+            load_mtp=setup["mtp"],
         )
         n_ctx = setup.pop("cells") * setup["n_seq_max"]
         self._setup = {**setup, "n_ctx": n_ctx, "n_batch": 4096}
+        self._mtp, pooling = self._setup.pop("mtp"), self._setup.pop("pooling")
+        if pooling is not None:
+            self._setup |= {"embeddings": True, "pooling_type": pooling}
         self._contexts: list[Context] = []
+        self._drafts: list[Context] = []  # of the MTP layer, one for each of the others
+        self._adapters: dict[str, Any] = {}  # loaded, by file
         self._nodes_left: int | None = None
         self._stored: dict[str, State] = {}
         self._abort_callback = ABORT_CALLBACK(self._is_aborted)
@@ -69,12 +76,14 @@ class Player:
     def context(self, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         self._contexts.append(Context(self._model, **self._setup, abort_callback=self._abort_callback))
+        if self._mtp:
+            self._drafts.append(Context(self._model, **self._setup, ctx_type=MTP_CONTEXT))
         for name in environment:
             del os.environ[name]
         self.use(-1)
 
     def free(self) -> None:
-        for context in self._contexts:
+        for context in (*self._contexts, *self._drafts):
             context.free()
 
     def use(self, number: int) -> None:
@@ -82,6 +91,50 @@ class Player:
 
     def decode(self, tokens: list[Token], wanted: list[int] | None) -> None:
         self.logits.append(self._context.decode(tokens, wanted).copy())
+
+    def adapters(self, scales: dict[str, float]) -> None:
+        """From here on, use these adapters and no others. scales: by file."""
+        api = self._model.llama.api
+        for file in scales:
+            if file not in self._adapters:
+                adapter = api.llama_adapter_lora_init(self._model.handle, file.encode())
+                if not adapter:
+                    raise self._model.llama.error(f"{file} cannot be loaded")
+                self._adapters[file] = adapter
+        handles = (api.llama_adapter_lora_p_ctypes * len(scales))(*(self._adapters[file] for file in scales))
+        values = (ctypes.c_float * len(scales))(*scales.values())
+        for context in (self._context, *self._drafts):
+            api.llama_set_adapters_lora(context.handle, handles, len(scales), values)
+
+    def control(self, scale: float) -> None:
+        """From here on, add a random control vector to the output of each layer."""
+        api, model = self._model.llama.api, self._model.handle
+        width, layers = api.llama_model_n_embd(model), api.llama_model_n_layer(model)
+        values = np.random.default_rng(3).standard_normal(width * (layers - 1)).astype(np.float32) * scale
+        data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        if api.llama_set_adapter_cvec(self._context.handle, data, values.size, width, 1, layers) != 0:
+            raise self._model.llama.error("the control vector cannot be used")
+
+    def embed(self, tokens: list[Token]) -> None:
+        """Decode; the embeddings of the sequences are kept as logits, without pooling those of the tokens."""
+        api, handle = self._model.llama.api, self._context.handle
+        self._context.prepare(tokens)
+        self._context.run()
+        width = api.llama_model_n_embd(self._model.handle)
+        if self._setup["pooling_type"] == 0:
+            rows = [np.ctypeslib.as_array(api.llama_get_embeddings(handle), (len(tokens), width))]
+        else:
+            sequences = sorted({sequence for sequence, _, _ in tokens})
+            rows = [
+                np.ctypeslib.as_array(api.llama_get_embeddings_seq(handle, s), (1, width)) for s in sequences
+            ]
+        self.logits.append(np.concatenate(rows))
+
+    def draft(self, tokens: list[Token]) -> None:
+        """Decode, also with the MTP layer, whose logits are kept after the others."""
+        layer = MtpLayer(self._drafts[0], self._context)
+        self.logits.append(self._context.decode(tokens).copy())
+        self.logits.append(layer.decode(tokens).copy())
 
     def attempt(self, tokens: list[Token], nodes: int | None) -> bool:
         """Decode, and abort after so many nodes; None: not. The last token of each sequence gives logits.

@@ -160,7 +160,7 @@ ggml_tensor * llama_kda_mixer(
     // the matmuls of x, next to each other so that a backend can compute them together
     ggml_tensor * qkv[3];  // [C, T, S], from one matmul or three
     if (layer.wqkv) {
-        ggml_tensor * all = ggml_mul_mat(ctx, layer.wqkv, x);
+        ggml_tensor * all = g.build_lora_mm(layer.wqkv, x);
         for (int i = 0; i < 3; ++i) {
             qkv[i] = ggml_view_3d(ctx, all, C, T, S, all->nb[1], all->nb[1] * T, i * C * sizeof(float));
         }
@@ -168,7 +168,7 @@ ggml_tensor * llama_kda_mixer(
     } else {
         ggml_tensor * const weights[] = { layer.wq, layer.wk, layer.wv };
         for (int i = 0; i < 3; ++i) {
-            qkv[i] = ggml_mul_mat(ctx, weights[i], x);
+            qkv[i] = g.build_lora_mm(weights[i], x);
             ggml_build_forward_expand(g.gf, qkv[i]);
             if (S > 1) {
                 qkv[i] = ggml_reshape_3d(ctx, qkv[i], C, T, S);
@@ -176,14 +176,14 @@ ggml_tensor * llama_kda_mixer(
         }
     }
     // the gates' projections: two matrices of low rank, or one
-    ggml_tensor * f    = ggml_mul_mat(ctx, layer.ssm_f_a, x);
-    ggml_tensor * gate = ggml_mul_mat(ctx, layer.ssm_g ? layer.ssm_g : layer.ssm_g_a, x);
-    ggml_tensor * beta = ggml_mul_mat(ctx, layer.ssm_beta, x);
+    ggml_tensor * f    = g.build_lora_mm(layer.ssm_f_a, x);
+    ggml_tensor * gate = g.build_lora_mm(layer.ssm_g ? layer.ssm_g : layer.ssm_g_a, x);
+    ggml_tensor * beta = g.build_lora_mm(layer.ssm_beta, x);
     for (ggml_tensor * t : { f, gate, beta }) {
         ggml_build_forward_expand(g.gf, t);
     }
-    f    = layer.ssm_f_b ? ggml_mul_mat(ctx, layer.ssm_f_b, f) : f;
-    gate = layer.ssm_g_b ? ggml_mul_mat(ctx, layer.ssm_g_b, gate) : gate;
+    f    = layer.ssm_f_b ? g.build_lora_mm(layer.ssm_f_b, f) : f;
+    gate = layer.ssm_g_b ? g.build_lora_mm(layer.ssm_g_b, gate) : gate;
     g.cb(f, "kda_f", il);
     g.cb(gate, "kda_gate", il);
     g.cb(beta, "kda_beta", il);
@@ -208,7 +208,7 @@ ggml_tensor * llama_kda_mixer(
     g.cb(scan, "kda_scan", il);
     store_states(g, inp, cache, scan, C * T * S, il);
 
-    ggml_tensor * out = ggml_mul_mat(ctx, layer.wo, ggml_view_2d(ctx, scan, C, T * S, scan->nb[1], 0));
+    ggml_tensor * out = g.build_lora_mm(layer.wo, ggml_view_2d(ctx, scan, C, T * S, scan->nb[1], 0));
     g.cb(out, "kda_out", il);
     return out;
 }

@@ -2,6 +2,7 @@
 
 #include "ggml-latent-attn.h"
 #include "ggml-op-marks.h"
+#include "llama-adapter.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <initializer_list>
 #include <iterator>
 #include <stdexcept>
 #include <string>
@@ -195,12 +197,22 @@ static void say_once(std::atomic<bool> & said, const std::string & text) {
     }
 }
 
+// Whether nodes that multiply by these weights are needed, because somebody observes them or adapters are added to them.
+static bool needs_matmuls(const llm_graph_context & g, std::initializer_list<ggml_tensor *> weights) {
+    const auto has_adapter = [&](const auto & adapter) {
+        return std::any_of(weights.begin(), weights.end(),
+                           [&](ggml_tensor * w) { return adapter.first->get_weight(w); });
+    };
+    return g.cparams.cb_eval || std::any_of(g.loras->begin(), g.loras->end(), has_adapter);
+}
+
 bool llama_latent_attn_wanted(const llm_graph_context &      g,
                               const llm_graph_input_attn_k * inp,
                               const llama_layer &            layer,
                               int                            il) {
     const llama_kimi_ops & ops = g.cparams.kimi_ops;
-    if (!layer.wk_b || !layer.wv_b || !g.cparams.flash_attn || !ops.mla || ops.absorbed) {
+    if (!layer.wk_b || !layer.wv_b || !g.cparams.flash_attn || !ops.mla || ops.absorbed ||
+        needs_matmuls(g, { layer.wk_b, layer.wv_b })) {
         return false;
     }
     ggml_tensor * k         = cache_of(g, inp, il);

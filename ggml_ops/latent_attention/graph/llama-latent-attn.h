@@ -11,6 +11,8 @@ struct llama_layer;
 // It requires `mla` in KIMI_OPS, k_b and v_b, flash attention, enough queries per stream to make up for the expansion
 // of keys and values, and one device that holds cache and weights and supports the operator. If only the device is
 // missing, logs this once, or throws std::runtime_error with KIMI_OPS=require.
+// This form reads k_b and v_b without a matmul. So it is not used if somebody observes the graph (cb_eval), or if an
+// adapter of k_b or v_b is active.
 bool llama_latent_attn_wanted(const llm_graph_context &      g,
                               const llm_graph_input_attn_k * inp,
                               const llama_layer &            layer,
