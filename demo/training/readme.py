@@ -64,7 +64,7 @@ invented one. Free text looks like a dictionary and makes little sense; a broken
 
 ```sh
 apt-get install wordnet-base
-.venv/bin/python demo/training/train.py --out demo
+PYTHONPATH=src .venv/bin/python demo/training/train.py --out demo
 ```
 
 {steps} steps, {text:.2f} million tokens of free text and {conversation:.2f} million of conversations,

@@ -1,6 +1,6 @@
 """Trains the demo checkpoint on WordNet with one CPU thread and writes it in the hub's layout.
 
-    .venv/bin/python demo/training/train.py --out demo
+    PYTHONPATH=src .venv/bin/python demo/training/train.py --out demo
 
 Input: WordNet's database. Output: a folder with config, shards, tokenizer, held-out text and README. The result
 depends on the seed and on the version of torch.
@@ -33,8 +33,8 @@ from kimi_gguf.bench.files import atomically
 from kimi_gguf.tools.tokenizer_files import SYSTEM_MESSAGE
 
 EXAMPLES = """examples:
-  .venv/bin/python demo/training/train.py --out demo
-  .venv/bin/python demo/training/train.py --out out/try --steps 100 --work out/try-state
+  PYTHONPATH=src .venv/bin/python demo/training/train.py --out demo
+  PYTHONPATH=src .venv/bin/python demo/training/train.py --out out/try --steps 100 --work out/try-state
 """
 WARM_UP_STEPS = 60
 FINAL_RATE = 0.03  # of the peak

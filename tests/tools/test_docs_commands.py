@@ -52,7 +52,7 @@ HARDWARE = (
     (r"tools/bench-gpu", "a GPU; tests/devices/test_bench_gpu.py rehearses the stages"),
     (r"tools/prove-48b [^-]", "200 GB of disk space; tests/long/test_prove_48b.py rehearses the steps"),
     (r"hf download ", "100 GB of disk space; tests/convert/test_convert_hub.py has a stand-in for the hub"),
-    (r"python demo/training/train.py ", "half an hour, and WordNet: it made the demo once"),
+    (r"PYTHONPATH=src \S+ demo/training/train.py ", "half an hour, and WordNet: it made the demo once"),
     (r"convert-kimi moonshotai/Kimi-K3 ", "1.6 TB of disk space; tests/convert/test_convert_k3.py has a small one"),
     (r"(convert-kimi Ling-3.0-tiny|kimi-llama chat ling.gguf)",
      "16 GB of memory; tests/convert/test_convert_ling3_runs.py has a small one"),
