@@ -14,6 +14,7 @@ that it needs, if any, in the line `Needs:`. The folder of a source determines i
     OP/metal/*            ggml/src/ggml-metal/kimi/
     OP/graph/*            src/kimi/
     OP/program/*          ggml/src/kimi/program/       a program of its own
+    OP/rpc/*              ggml/src/ggml-rpc/kimi/
     OP/server/*           tools/server/kimi/
     OP/tests/*            tests/kimi/
     llama/NAME/*          src/                        sources of a fix, independent of the operators
@@ -46,6 +47,7 @@ PLACES = {
     "metal": "ggml/src/ggml-metal/kimi",
     "graph": "src/kimi",
     "program": "ggml/src/kimi/program",
+    "rpc": "ggml/src/ggml-rpc/kimi",
     "server": "tools/server/kimi",
     "tests": "tests/kimi",
 }
@@ -58,6 +60,7 @@ SUFFIXES = {
     "metal": (".h", ".cpp", ".m", ".metal"),
     "graph": (".h", ".cpp"),
     "program": (".h", ".cpp"),
+    "rpc": (".h",),  # sections of ggml-rpc.cpp and transport.cpp, which include them
     "server": (".h", ".cpp"),
     "tests": (".h", ".cpp"),
 }

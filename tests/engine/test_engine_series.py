@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 from pathlib import Path, PurePosixPath
@@ -282,6 +283,25 @@ def test_a_number_is_given_once_and_fixes_come_first() -> None:
     )
     kinds = [patch.kind == FIXES for patch in patches]
     assert kinds == sorted(kinds, reverse=True)
+
+
+def added_code(patch: Patch) -> int:
+    """The lines that the patch adds to files of upstream, without blank lines and comments."""
+    added = re.findall(r"(?m)^\+(?!\+\+ )[ \t]*(\S.*)$", patch.text.decode())
+    return sum(not line.startswith(("//", "/*", "* ")) for line in added)
+
+
+# Patches whose logic is not in files of ggml_ops yet: the most lines that they may have.
+LARGER = {"0054": 380, "0057": 345, "0058": 255}
+
+
+def test_a_patch_of_ops_holds_call_sites() -> None:
+    ops = [patch for patch in load_series().patches if patch.kind != FIXES]
+    assert len(ops) <= 22
+    too_large = {
+        patch.name: added_code(patch) for patch in ops if added_code(patch) > LARGER.get(patch.name[:4], 120)
+    }
+    assert not too_large, "move the logic into files of ggml_ops"
 
 
 def test_the_shell_lists_an_export_in_the_order_of_application(tmp_path: Path) -> None:
