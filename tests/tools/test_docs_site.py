@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kimi_gguf.tools import pictures
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,12 +37,14 @@ def test_every_page_of_the_navigation_and_every_linked_source_is_there(site: Pat
         "docs/faq",
         "ggml_ops/kda",
         "patches",
-        "tests/devices/test_verify.py",
+        "tests/ops/test_kda_operators.py",
     ):
         assert (site / page / "index.html").is_file(), page
     home = (site / "index.html").read_text()
-    assert 'href="docs/bench/"' in home and 'href="tests/ops/test_kda_operators.py/"' in home
-    source = (site / "tests/devices/test_verify.py/index.html").read_text()
+    assert 'href="docs/claims/"' in home
+    models = (site / "docs/models/index.html").read_text()
+    assert 'tests/ops/test_kda_operators.py/"' in models
+    source = (site / "tests/ops/test_kda_operators.py/index.html").read_text()
     assert "def test_" in re.sub("<[^>]*>", "", source)
 
 
@@ -69,10 +73,9 @@ def test_the_claim_about_all_cells_is_the_verdict_of_its_page() -> None:
     ) in claims
 
 
-def test_the_first_figures_of_the_readme_are_those_of_its_claims() -> None:
-    """The short table repeats figures; each is also in docs/claims.md, with the same link."""
-    short = (ROOT / "README.md").read_text().partition("\n## Measured\n")[2].partition("\n## ")[0]
-    claims = (ROOT / "docs/claims.md").read_text()
-    figures = re.findall(r"\| (\[[^\]]+\]\()docs/([^)]+\))", short)
-    assert len(figures) >= 10
-    assert [figure + page for figure, page in figures if figure + page not in claims] == []
+def test_the_bars_of_the_readme_are_those_of_the_bench_pages() -> None:
+    assert pictures.SPEED.read_text() == pictures.speed(), "run: tools/run pictures --speed"
+
+
+def test_the_readme_fits_on_a_screen() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= 6 * 1024
