@@ -75,7 +75,10 @@ class Model:
     exact: list[NDArray[np.float64]]
 
 
-@pytest.fixture(scope="module", params=[*KIMI_LINEAR, *LING, *GLM, *K3], ids=lambda spec: spec.id)
+SPECS = [*KIMI_LINEAR, *LING, *GLM, *K3]
+
+
+@pytest.fixture(scope="module", params=SPECS, ids=lambda spec: spec.id)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     spec, folder = request.param, tmp_path_factory.mktemp("family")
     is_family = isinstance(spec, FamilySpec)
@@ -107,12 +110,15 @@ def decode(worker: Worker, model: Model, folder: Path, way: str, flash_attention
     return [np.load(folder / f"logits-{i}.npy") for i in range(len(texts))]
 
 
-@pytest.mark.parametrize("flash_attention", [False, True], ids=["plain", "flash"])
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("number", range(4))
 def test_the_logits_are_those_of_the_reference(
-    model: Model, workers: dict[str, Worker], way: str, choice: str, flash_attention: bool, tmp_path: Path
+    model: Model, workers: dict[str, Worker], number: int, tmp_path: Path
 ) -> None:
+    """Each architecture in each way; each model, and each way, with each choice with and without flash attention."""
+    i = SPECS.index(model.spec)
+    way = list(WAYS)[i % 2 + 2 * number]
+    combination = (number + i // 2) % 4
+    choice, flash_attention = CHOICES[combination // 2], combination % 2 == 1
     for got, exact in zip(
         decode(workers[choice], model, tmp_path, way, flash_attention), model.exact, strict=False
     ):
@@ -129,12 +135,12 @@ DRAFT, KEPT = 4, (2, 1)  # tokens of a draft, and how many of them are right
 END = 60
 
 
-@pytest.mark.parametrize("flash_attention", [False, True], ids=["plain", "flash"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_after_a_rollback_the_logits_are_those_of_the_reference(
-    model: Model, choice: str, flash_attention: bool, engine: Engine, tmp_path: Path
+    model: Model, choice: str, engine: Engine, tmp_path: Path
 ) -> None:
     """Two sequences with drafts in one batch; then, from a saved state, the same once more."""
+    flash_attention = (SPECS.index(model.spec) + CHOICES.index(choice)) % 2 == 0
     right, ends = model.texts[:2], [prompt + kept for prompt, kept in zip(PROMPTS, KEPT, strict=True)]
     drafts = []
     for end, prompt, ids in zip(ends, PROMPTS, right, strict=True):
