@@ -324,9 +324,8 @@ def test_what_a_token_needs(metal_backend: Path, engine: Engine, tmp_path: Path)
         begin = [i for i, line in enumerate(lines) if line.startswith("encoder")][-2]  # a graph has two
         log.write_text("\n".join(lines[begin:]))
         ran = dispatches(log)
-        copies = (
-            PUBLISHED.layers.count("M") if chosen == "off" else 0
-        )  # upstream's, which fix 0069 leaves out
+        # upstream's copies, which fix 0069 leaves out
+        copies = PUBLISHED.layers.count("M") if chosen == "off" else 0
         assert f"| {graph} | {len(ran) + copies} |\n" in readme
         recurrence.append(next(each for each in ran if each.nodes.startswith(f"{operator} ")))
     theirs, ours = recurrence
