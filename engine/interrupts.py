@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -15,9 +16,10 @@ INTERRUPTED: Final = 130  # the exit status: 128 + SIGINT
 NO_READER: Final = 141  # 128 + SIGPIPE
 
 
-def exit_status(command: Sequence[str]) -> int:
-    """The exit status of a command as a shell gives it. The command is killed if this process is interrupted."""
-    return shell_status(subprocess.run(command, check=False).returncode)
+def exit_status(command: Sequence[str], folder: Path | None = None) -> int:
+    """The exit status of a command, run in `folder`, as a shell gives it. The command is killed if this process is
+    interrupted."""
+    return shell_status(subprocess.run(command, cwd=folder, check=False).returncode)
 
 
 def shell_status(returned: int) -> int:

@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             _tool,
             f"{tool.help} ({tool.program})",
-            f"{tool.example}\n\n{_ELSEWHERE if tool.defaults else _WHOLE}"
+            f"{tool.example}\n\n{_ELSEWHERE if tool.defaults else ''}{_WHOLE if tool.writes else ''}"
             f"Everything after MODEL is passed to {tool.program}; "
             f'its own help: "$(kimi-llama path)/bin/{tool.program}" --help\n'
             f"{defaults_help(tool)}{_WHICH}",

@@ -1,8 +1,8 @@
 """llama.cpp's programs as sub-commands of `kimi-llama`: the defaults that they get, and how they are run.
 
 Input: the name of a sub-command, a model, and what follows it. Output: the program, which replaces this process, so
-that the caller gets its output, signals and exit status. Two are child processes: llama-quantize, because its output
-gets its name when it is complete, and `run` without a prompt, to say what is missing if the program fails.
+that the caller gets its output, signals and exit status. Child processes are those that write a file, which gets its
+name when it is complete, and `run` without a prompt, to say what is missing if the program fails.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+from kimi_gguf.engine import gguf_split, quantize
 from kimi_gguf.engine.addresses import addresses
 from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.builds import Engine, select
 from kimi_gguf.engine.errors import EngineError, UsageError
 from kimi_gguf.engine.gguf_check import check_mtp, check_tokenizer, check_whole, may_begin_text
+from kimi_gguf.engine.hidden_output import check_outputs, run_for_output
 from kimi_gguf.engine.interrupts import exit_status
-from kimi_gguf.engine.quantize import check_arguments, quantize
 from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.engine.toolchain import available_memory, cores
 from kimi_gguf.patches.errors import KimiError
@@ -43,6 +44,24 @@ class Default:
 
 
 @dataclass(frozen=True)
+class Output:
+    """The file that a tool writes, named by an option. default: its name, None for no file. unless: with these options
+    it is not written."""
+
+    options: tuple[str, ...]
+    default: str | None
+    unless: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FilesByPosition:
+    """How a tool is run that takes its output after the model, without an option."""
+
+    check: Callable[[Path, Sequence[str]], object]  # of (model, arguments): raises `EngineError`
+    run: Callable[[Path, Path, Sequence[str]], int]  # of (program, model, arguments): the exit status
+
+
+@dataclass(frozen=True)
 class Tool:
     """One of llama.cpp's programs as a sub-command."""
 
@@ -51,6 +70,13 @@ class Tool:
     example: str
     defaults: tuple[Default, ...]
     drafted: str | None = None  # the program that is used with drafts
+    output: Output | None = None
+    by_position: FilesByPosition | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether its result is a file."""
+        return self.output is not None or self.by_position is not None
 
     def without(self, default: Default) -> Tool:
         """The tool without one of its defaults."""
@@ -65,6 +91,9 @@ _QUIET = Default(  # only text and warnings: no list of the model's metadata and
     ("-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-verbose"),
     ("--verbosity", "2"),
 )
+_ERRORS = replace(
+    _QUIET, arguments=("--verbosity", "1")
+)  # llama-tokenize loads no weights: its warnings are of those
 # Prompts of one user: LATENT_ATTN expands the cache once per ubatch. Not for servers, where the other slots wait for a
 # ubatch and states are saved every n_ubatch tokens. Not on GPUs, where it was not measured.
 _UBATCH = Default(("-ub", "--ubatch-size"), ("--ubatch-size", "2048"), "patched CPU builds")
@@ -79,11 +108,11 @@ _PROMPT = {
     "-p", "--prompt", "-f", "--file", "-bf", "--binary-file",
     "-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first",
 }  # fmt: skip
-# With these `run` needs no prompt: a saved one, another value of the model's key, what only prints something and ends.
-_NO_PROMPT = {
-    "--prompt-cache", "--override-kv", "-h", "--help", "--usage", "--version", "--license", "--list-devices",
-    "-cl", "--cache-list", "--completion-bash",
+_ONLY_PRINT = {
+    "-h", "--help", "--usage", "--version", "--license", "--list-devices", "-cl", "--cache-list", "--completion-bash",
 }  # fmt: skip
+# With these `run` needs no prompt: a saved one, another value of the model's key, what only prints something and ends.
+_NO_PROMPT = {"--prompt-cache", "--override-kv", *_ONLY_PRINT}
 _INPUT_IS_EMPTY = 255  # exit status of llama-completion without a prompt, and only then
 _SEGFAULT = 139
 _PROMPTS = "-p TEXT or -f FILE (-f /dev/stdin reads standard input)"
@@ -122,12 +151,45 @@ TOOLS = {
         (_THREADS, _FLASH, _JINJA, _IN_MEMORY),
         drafted="llama-server",
     ),
+    "imatrix": Tool(
+        "llama-imatrix",
+        "collect importances of a text for quantization",
+        "kimi-llama imatrix model-bf16.gguf -f calibration.txt -o imatrix.gguf\n"
+        "  kimi-llama imatrix model-bf16.gguf -f calibration.txt -o imatrix.gguf --no-ppl --save-frequency 100\n"
+        "  kimi-llama imatrix model-bf16.gguf --in-file imatrix.gguf --show-statistics",
+        (_THREADS, _FLASH),
+        output=Output(("-o", "--output", "--output-file"), "imatrix.gguf", ("--show-statistics",)),
+    ),
+    "perplexity": Tool(
+        "llama-perplexity",
+        "measure a model's perplexity on a text, or its KLD from another's logits",
+        "kimi-llama perplexity model-q4.gguf -f heldout.txt\n"
+        "  kimi-llama perplexity model-bf16.gguf -f heldout.txt --save-all-logits base.logits\n"
+        "  kimi-llama perplexity model-q4.gguf --kl-divergence --kl-divergence-base base.logits",
+        (_THREADS, _FLASH),
+        output=Output(("--save-all-logits", "--kl-divergence-base"), None, ("--kl-divergence",)),
+    ),
+    "tokenize": Tool(
+        "llama-tokenize",
+        "show the tokens of a text",
+        'kimi-llama tokenize model.gguf -p "The sea is"\n  kimi-llama tokenize model.gguf --ids --stdin < text.txt',
+        (_ERRORS,),
+    ),
+    "split": Tool(
+        "llama-gguf-split",
+        "split a GGUF file, or merge splits",
+        "kimi-llama split model.gguf model.gguf --split-max-size 4G   (model-00001-of-0000N.gguf, ...)\n"
+        "  kimi-llama split model-00001-of-00003.gguf model.gguf --merge",
+        (),
+        by_position=FilesByPosition(gguf_split.check_arguments, gguf_split.split),
+    ),
     "quantize": Tool(
         "llama-quantize",
         "quantize a GGUF file",
         "kimi-llama quantize model-bf16.gguf model-q8_0.gguf Q8_0\n"
         "  kimi-llama quantize model-bf16.gguf model-q4_k_m.gguf Q4_K_M --imatrix imatrix.gguf",
         (),
+        by_position=FilesByPosition(quantize.check_arguments, quantize.quantize),
     ),
 }
 
@@ -150,10 +212,13 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
         check_whole(Path(draft))
     if not drafts and any(_MTP in kinds.split(",") for kinds in _values(given, {_KIND})):
         check_mtp(model)
-    if name in ("run", "chat"):  # a server can also compute embeddings of token ids
+    if name not in ("serve", "quantize", "split"):  # a server can also compute embeddings of token ids
         check_tokenizer(model)
-    if name == "quantize":
-        check_arguments(model, given)
+    if tool.by_position is not None:
+        tool.by_position.check(model, given)
+    given, output = _without_output(tool, given)
+    if output is not None:
+        check_outputs([output], [model])
     without_prompt = name == "run" and not _options(given) & _PROMPT
     if without_prompt and not _options(given) & _NO_PROMPT and not may_begin_text(model):
         raise UsageError("no prompt was given", expected=_PROMPTS, todo=_give_prompt(model))
@@ -161,8 +226,8 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.for_gpus:
         _expect_to_run(engine)
-    if name == "quantize":
-        return quantize(engine.bin / tool.program, model, given)
+    if tool.by_position is not None:
+        return tool.by_position.run(engine.bin / tool.program, model, given)
     if engine.for_gpus or upstream:
         tool = tool.without(_UBATCH)
     if engine.for_gpus or not fits_memory(model):
@@ -170,6 +235,9 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
     program, *arguments = tool_command(tool, model, given)
     command = [str(engine.bin / program), *arguments]
     sys.stdout.flush()
+    if tool.output is not None and output is not None:
+        option = tool.output.options[0]
+        return run_for_output(output, lambda hidden: [*command, option, str(hidden)])
     if without_prompt:
         return _run_without_prompt(command, model)
     # Python ignores SIGPIPE, and the program would too: it would go on after its reader has ended. Only programs with
@@ -177,6 +245,21 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
     if name != "serve" and not _REMOTE & _options(given):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.execv(command[0], command)
+
+
+def _without_output(tool: Tool, given: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The arguments without the option that names the tool's output, and the output; None if it writes none."""
+    words = list(given)
+    if tool.output is None or _options(words) & {*tool.output.unless, *_ONLY_PRINT}:
+        return words, None
+    name = tool.output.default
+    while option := next((word for word in words if word in tool.output.options), None):
+        index = words.index(option)
+        if index + 1 == len(words):
+            raise UsageError(option, expected="a file name", found="nothing")
+        name = words[index + 1]
+        del words[index : index + 2]
+    return words, None if name is None else Path(name)
 
 
 def _run_without_prompt(command: list[str], model: Path) -> int:

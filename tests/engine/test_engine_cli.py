@@ -23,7 +23,22 @@ from tiny_llama import call
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts import kimi_llama, llama_tools
 
-COMMANDS = ["bench", "build", "doctor", "path", "use", "run", "chat", "serve", "quantize", "export-patches"]
+COMMANDS = [
+    "bench",
+    "build",
+    "doctor",
+    "path",
+    "use",
+    "run",
+    "chat",
+    "serve",
+    "quantize",
+    "export-patches",
+    "imatrix",
+    "perplexity",
+    "tokenize",
+    "split",
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import pytest
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.engine.quantize import OPTIONS, _own_folder, quantize
+from kimi_gguf.engine.hidden_output import hidden_folder
+from kimi_gguf.engine.quantize import OPTIONS, quantize
 
 # In place of llama-quantize. Its arguments are added to the file `arguments` next to it.
 PROGRAM = """#!/bin/sh
@@ -153,7 +154,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(model: Path, tmp_path: Pa
 
 def test_a_run_that_writes_the_same_output_keeps_its_folder(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    with _own_folder(out) as other:
+    with hidden_folder(out) as other:
         assert quantize(program(tmp_path, WRITES), model, [str(out), "Q8_0"]) == 0
         assert Path(other).is_dir()
     assert names(tmp_path) == {"in.gguf", "out.gguf"}
@@ -233,7 +234,10 @@ def test_a_dry_run_needs_no_output(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (["--pure", "out.gguf", "Q8_0"], "the output and the type before options, found --pure"),
+        (
+            ["--pure", "out.gguf", "Q8_0"],
+            "the output, the type and the number of threads before options, found --pure",
+        ),
         (["out.gguf", "Q8_0", "--pure", "2"], "number of threads before options, found 2 after --pure"),
         (["out.gguf", "Q8_0", "--imatrix", "i", "2"], "found 2 after --imatrix"),
         (["out.gguf", "Q8_0", "--imatrix"], "--imatrix: expected a value"),
