@@ -2,12 +2,11 @@
 
 // Quantizes activations to Q8_1 inside a kernel. The bits are those of upstream's kernel quantize_q8_1.
 
-#include "common.cuh"
+#include "kimi-rows.cuh"
 
 namespace kimi_cuda {
 
-constexpr int VALUES_PER_LANE = 4;
-constexpr int Q8_1_LANES      = QK8_1 / VALUES_PER_LANE;  // that share a block
+constexpr int Q8_1_LANES = QK8_1 / VALUES_PER_LANE;  // that share a block
 
 static __device__ __forceinline__ float quant(float x, float d) {
     return d == 0.0f ? 0.0f : roundf(x / d);
@@ -37,19 +36,6 @@ static __device__ __forceinline__ void quantize_q8_1(block_q8_1 * row, int at, f
     if (at % QK8_1 == 0) {
         block.ds = make_half2(d, sum);
     }
-}
-
-static __device__ __forceinline__ float4 load4(const float * from) {
-    return *reinterpret_cast<const float4 *>(from);
-}
-
-static __device__ __forceinline__ void store4(float * to, float4 x) {
-    *reinterpret_cast<float4 *>(to) = x;
-}
-
-// Whether load4 and store4 may be used from this address on.
-static inline bool is_aligned4(const void * data) {
-    return reinterpret_cast<uintptr_t>(data) % sizeof(float4) == 0;
 }
 
 }  // namespace kimi_cuda

@@ -82,12 +82,6 @@ static __global__ void __launch_bounds__(MAX_THREADS, 1) normalize(const row p) 
     }
 }
 
-// One row of floats that can be read four at a time.
-static bool is_row(const ggml_tensor * t, int64_t n_values) {
-    return t->type == GGML_TYPE_F32 && t->ne[0] == n_values && ggml_nrows(t) == 1 && ggml_is_contiguous(t) &&
-           is_aligned4(t->data);
-}
-
 static bool computes(const ggml_tensor * node, ggml_op op) {
     return node->op == op && (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0;
 }
@@ -103,12 +97,6 @@ static bool is_multiplied(const ggml_cgraph * cgraph, int from, const ggml_tenso
         }
     }
     return false;
-}
-
-static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    const char * first  = static_cast<const char *>(a->data);
-    const char * second = static_cast<const char *>(b->data);
-    return first < second + ggml_nbytes(b) && second < first + ggml_nbytes(a);
 }
 
 }  // namespace norm_cuda

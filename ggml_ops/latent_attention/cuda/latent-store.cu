@@ -15,7 +15,7 @@ int ggml_cuda_latent_store(ggml_backend_cuda_context &, const ggml_cgraph *, int
 #include "ggml-impl.h"
 #include "ggml-op-marks.h"
 #include "kimi-launch.cuh"
-#include "kimi-q8_1.cuh"
+#include "kimi-rows.cuh"
 
 #include <algorithm>
 
@@ -130,12 +130,6 @@ static launcher launcher_of(ggml_type type) {
     }
 }
 
-// One row of floats that can be read four at a time.
-static bool is_row(const ggml_tensor * t) {
-    return t->type == GGML_TYPE_F32 && t->ne[0] % VALUES_PER_LANE == 0 && ggml_nrows(t) == 1 &&
-           t->nb[0] == sizeof(float) && is_aligned4(t->data);
-}
-
 }  // namespace latent_store
 
 int ggml_cuda_latent_store(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {
@@ -180,10 +174,11 @@ int ggml_cuda_latent_store(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
     const launcher      launch  = launcher_of(stored->type);
     const int64_t       n_row   = concat->ne[0];
     if (launch == nullptr || weights == norm || tail == concat->src[0] || concat->src[0] != cgraph->nodes[nodes[2]] ||
-        !is_row(latent) || !is_row(weights) || !is_row(tail) || weights->ne[0] != latent->ne[0] || n_row > MAX_ROW ||
-        n_row % 32 != 0 || ggml_get_op_params_i32(concat, 0) != 0 || stored->src[0]->ne[0] != n_row ||
-        stored->ne[0] != n_row || stored->ne[2] != 1 || stored->ne[3] != 1 || stored->src[0]->data != concat->data ||
-        ggml_nrows(stored->src[0]) != 1 || cell->type != GGML_TYPE_I64 || ggml_nelements(cell) != 1) {
+        !is_row(latent, latent->ne[0]) || !is_row(weights, latent->ne[0]) || !is_row(tail, tail->ne[0]) ||
+        n_row > MAX_ROW || n_row % 32 != 0 || ggml_get_op_params_i32(concat, 0) != 0 ||
+        stored->src[0]->ne[0] != n_row || stored->ne[0] != n_row || stored->ne[2] != 1 || stored->ne[3] != 1 ||
+        stored->src[0]->data != concat->data || ggml_nrows(stored->src[0]) != 1 || cell->type != GGML_TYPE_I64 ||
+        ggml_nelements(cell) != 1) {
         return 0;
     }
 

@@ -334,12 +334,6 @@ static bool is_short(const ggml_tensor * columns) {
            columns->nb[1] % sizeof(float4) == 0 && columns->nb[2] % sizeof(float4) == 0;
 }
 
-static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
-    const char * first  = static_cast<const char *>(a->data);
-    const char * second = static_cast<const char *>(b->data);
-    return first < second + ggml_nbytes(b) && second < first + ggml_nbytes(a);
-}
-
 static int64_t n_slots(const ggml_tensor * ids, const ggml_tensor * dst) {
     return dst->ne[ids ? 1 : 2];
 }
@@ -441,7 +435,8 @@ int ggml_cuda_matvec_concat(ggml_backend_cuda_context & ctx, const ggml_cgraph *
     const bool in_rows = head->ne[0] == node->ne[0] && head->ne[1] == node->ne[2] && head->nb[1] == node->nb[2] &&
                          ggml_nrows(head) == node->ne[2] && ggml_nrows(tail) == node->ne[2];
     if (!in_rows || ggml_get_op_params_i32(concat, 0) != 0 || tail->type != GGML_TYPE_F32 ||
-        tail->nb[0] != sizeof(float) || !ggml_is_contiguous(concat) || overlap(concat, x) || overlap(concat, tail)) {
+        tail->nb[0] != sizeof(float) || !ggml_is_contiguous(concat) || kimi_cuda::overlap(concat, x) ||
+        kimi_cuda::overlap(concat, tail)) {
         return 0;
     }
     products p        = products_of(node->src[0], x, nullptr, node, nullptr);
@@ -470,7 +465,7 @@ int ggml_cuda_matvec_group(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
             continue;
         }
         if (!fits_a_group(node) || node->src[1] != first->src[1] || node->src[0]->type != first->src[0]->type ||
-            std::any_of(nodes, nodes + n, [&](const ggml_tensor * other) { return overlap(node, other); })) {
+            std::any_of(nodes, nodes + n, [&](const ggml_tensor * other) { return kimi_cuda::overlap(node, other); })) {
             break;
         }
         nodes[n++] = node;
