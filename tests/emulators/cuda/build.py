@@ -48,7 +48,6 @@ def compile_objects(
     system: Sequence[Path] = (),
     options: Sequence[str] = (),
     races: bool = False,
-    fast_math: bool = True,
     compiler: str | None = None,
 ) -> list[Path]:
     """Compile each of `sources` to an object, several at a time; objects and rewritten sources are stored in `work`.
@@ -58,11 +57,9 @@ def compile_objects(
     include: folders for #include "…", also those of .cuh files. system: the same without warnings.
     options: additional options of the compiler.
     races: also detect races in shared memory, at each access (include/cuda_emulator/races.h); slower.
-    fast_math: as nvcc's -use_fast_math, which ggml uses: expf is __expf, subnormal numbers are zero.
     compiler: C++17, default $CXX or g++. Raises `RewriteError`, `CompileError`.
     """
     command = [_compiler(compiler), *OPTIONS, *WARNINGS, *options]
-    command += [] if fast_math else ["-DCUDA_EMULATOR_EXACT_MATH"]
     folders: list[str] = []
     for path in (INCLUDE, COMMON, STUBS):
         folders += ["-isystem", str(path)]
@@ -79,7 +76,7 @@ def compile_objects(
         kernel = source.suffix == ".cu"
         folder = work / f"{number}-{source.stem}"
         folder.mkdir(parents=True, exist_ok=True)
-        text = rewrite_tree(source, folder, [*include, *system], fast_math) if kernel else source
+        text = rewrite_tree(source, folder, [*include, *system]) if kernel else source
         words = [*command, *(checks if kernel else [])]
         target = kept = folder / "object.o"
         if kernel and KEPT in os.environ:

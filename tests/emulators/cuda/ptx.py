@@ -44,62 +44,37 @@ def _plain(function: str, operands: Sequence[str]) -> str:
     return f"cuda_emulator::{function}({', '.join(['cuda_emulator::Place::here()', *operands])})"
 
 
-def _mma(found: re.Match[str], groups: Groups) -> str:
-    kind = f"{found['type'].upper()}, {found['k']}"
-    function = f"mma_f16<{found['k']}>" if found["sum"] == "f16" else f"mma<cuda_emulator::{kind}>"
-    return _call(function, 1)(found, groups)
-
-
-def _matrices(found: re.Match[str], groups: Groups) -> str:
-    first, second = groups
-    operands = [_out(first), *second] if found["name"] == "ldmatrix" else [*first, _in(second)]
-    return _plain(f"{found['name']}<{'true' if found['trans'] else 'false'}>", operands)
+def _ldmatrix(found: re.Match[str], groups: Groups) -> str:
+    to, address = groups
+    return _plain(f"ldmatrix<{'true' if found['trans'] else 'false'}>", [_out(to), *address])
 
 
 # Registers that mov can read.
 _SPECIAL = {
     "%tid.x": "threadIdx.x",
-    "%laneid": "cuda_emulator::lane()",
-    "%warpid": "cuda_emulator::block.current->warp->number",
 }
 
 
 # A statement's instruction with all its suffixes -> the call. The first match counts.
 _INSTRUCTIONS: list[tuple[str, Call]] = [
+    (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f16\.f16\.f16\.f16", _call("mma_f16", 1)),
     (
-        r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col"
-        r"\.(?P<sum>f32|f16)\.(?P<type>f16)\.f16\.(?P=sum)",
-        _mma,
+        r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
+        _call("mma<cuda_emulator::HalfFormat>", 1),
     ),
-    (r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.(?P<sum>f32)\.(?P<type>bf16)\.bf16\.f32", _mma),
-    (r"mma\.sync\.aligned\.m16n8k(?P<k>4|8)\.row\.col\.(?P<sum>f32)\.(?P<type>tf32)\.tf32\.f32", _mma),
-    (r"mma\.sync\.aligned\.m16n8k(?P<k>16|32)\.row\.col\.(?P<sum>s32)\.(?P<type>s8)\.s8\.s32", _mma),
     (
-        r"(?P<name>ldmatrix|stmatrix)\.sync\.aligned(\.m8n8)?\.x[124](?P<trans>\.trans)?(\.shared(::cta)?)?\.b16",
-        _matrices,
+        r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
+        _call("mma<cuda_emulator::BfloatFormat>", 1),
     ),
-    (r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16", _call("movmatrix", 1)),
+    (r"ldmatrix\.sync\.aligned(\.m8n8)?\.x[124](?P<trans>\.trans)?(\.shared(::cta)?)?\.b16", _ldmatrix),
     (r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L2::(64|128|256)B)?", _values("cp_async")),
     (r"cp\.async\.commit_group", _values("cp_async_commit")),
     (r"cp\.async\.wait_group", _values("cp_async_wait")),
     (r"cp\.async\.wait_all", _values("cp_async_wait_all")),
-    (r"cvt\.rna\.tf32\.f32", _call("cvt_tf32", 1)),
-    (r"cvt\.rn\.bf16x2\.f32", _call("cvt_pair<cuda_emulator::BfloatFormat>", 1)),
-    (r"cvt\.rn\.f16x2\.f32", _call("cvt_pair<cuda_emulator::HalfFormat>", 1)),
-    (r"ex2\.approx(\.ftz)?\.f32", _call("unary<cuda_emulator::exp2_flushed>", 1)),
-    (r"lg2\.approx(\.ftz)?\.f32", _call("unary<log2f>", 1)),
-    (r"rcp\.(approx|rn)(\.ftz)?\.f32", _call("unary<cuda_emulator::reciprocal>", 1)),
-    (r"rsqrt\.approx(\.ftz)?\.f32", _call("unary<rsqrtf>", 1)),
-    (r"sqrt\.(approx|rn)(\.ftz)?\.f32", _call("unary<sqrtf>", 1)),
-    (r"tanh\.approx\.f32", _call("unary<cuda_emulator::tanh_approx>", 1)),
-    (r"prmt\.b32", _call("prmt", 1)),
-    (r"lop3\.b32", _call("lop3", 1)),
-    (r"bar(rier)?(\.cta)?\.sync(\.aligned)?", _values("bar_sync")),
-    (r"bar\.warp\.sync", _values("bar_warp_sync")),
-    (r"mov\.[ubs]32", _values("special_register")),
+    (r"mov\.u32", _values("special_register")),
     (r"griddepcontrol\.wait", _values("grid_dependency_wait")),
     (r"griddepcontrol\.launch_dependents", _values("nothing")),
-    (r"membar\.(cta|gl|sys)|fence(\.\w+)*|prefetch(\.\w+)*(::\w+)*", lambda *_: _plain("nothing", [])),
+    (r"prefetch(\.\w+)*(::\w+)*", lambda *_: _plain("nothing", [])),
 ]
 _TABLE = [(re.compile(pattern), call) for pattern, call in _INSTRUCTIONS]
 _STATEMENT = re.compile(r"(?P<instruction>[a-z][\w.:]*)\s*(?P<operands>.*)$", re.DOTALL)

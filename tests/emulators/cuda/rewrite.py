@@ -5,7 +5,7 @@
     extern __shared__ T a[];                a pointer to it
     asm("ptx" : … : …);                     calls of the emulator's functions (ptx.py)
     __noinline__                            the compiler's attribute
-    expf(x), with fast_math                 __expf(x), as nvcc does
+    expf(x)                                 __expf(x), as nvcc does with -use_fast_math, which ggml uses
     #include "other.cuh"                    the rewritten file
 
 Input: a .cu or .cuh file. Output: C++ with the same lines, so that messages name the lines of the source.
@@ -39,11 +39,8 @@ class RewriteError(Exception):
     """Source that the rewriter does not support; file, line, and what to write instead."""
 
 
-def rewrite(source: str, name: str, fast_math: bool = False) -> str:
-    """The C++ for CUDA C++; `name` is the file's name in messages. Raises `RewriteError`.
-
-    fast_math: the functions that -use_fast_math replaces are replaced.
-    """
+def rewrite(source: str, name: str) -> str:
+    """The C++ for CUDA C++; `name` is the file's name in messages. Raises `RewriteError`."""
     row = tokens(source)
     done: list[Token] = []
     at = 0
@@ -57,7 +54,7 @@ def rewrite(source: str, name: str, fast_math: bool = False) -> str:
             elif token.text == "__noinline__":  # a macro would also replace the standard library's attributes
                 done.append(Token("other", "__attribute__((noinline))"))
                 at += 1
-            elif fast_math and token.text in _FAST and not (done and done[-1].text in ("::", ".")):
+            elif token.text in _FAST and not (done and done[-1].text in ("::", ".")):
                 done.append(Token("other", _FAST[token.text]))
                 at += 1
             elif _is_marks(row, at, "<<<"):
@@ -71,28 +68,27 @@ def rewrite(source: str, name: str, fast_math: bool = False) -> str:
     return joined(done)
 
 
-def rewrite_tree(source: Path, folder: Path, include: Sequence[Path], fast_math: bool = False) -> Path:
+def rewrite_tree(source: Path, folder: Path, include: Sequence[Path]) -> Path:
     """Rewrite a source and all .cu and .cuh files that it includes in quotes to `folder`; return the rewritten source.
 
     include: folders for files that are not next to the file that includes them.
     """
-    return _Tree(folder, [path.resolve() for path in include], fast_math).file(source.resolve())
+    return _Tree(folder, [path.resolve() for path in include]).file(source.resolve())
 
 
 class _Tree:
     """Rewritten copies: one for each file, even if it is included several times."""
 
-    def __init__(self, folder: Path, include: Sequence[Path], fast_math: bool) -> None:
+    def __init__(self, folder: Path, include: Sequence[Path]) -> None:
         self.folder = folder
         self.include = include
-        self.fast_math = fast_math
         self.copies: dict[Path, Path] = {}
 
     def file(self, source: Path) -> Path:
         if source not in self.copies:
             copy = self.folder / f"{len(self.copies)}-{source.name}{'.cpp' if source.suffix == '.cu' else ''}"
             self.copies[source] = copy
-            text = rewrite(source.read_text(encoding="utf-8"), str(source), self.fast_math)
+            text = rewrite(source.read_text(encoding="utf-8"), str(source))
             text = _INCLUDE.sub(lambda found: self._included(source, found), text)
             copy.write_text(f'#line 1 "{source}"\n{text}', encoding="utf-8")
         return self.copies[source]

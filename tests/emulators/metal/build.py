@@ -96,17 +96,11 @@ OVERRUN = ("fa_vec_",)
 IN_STEP = ("fa_vec_",)
 # Those that rely on a barrier without mem_threadgroup between reads and later writes of threadgroup memory.
 BARRIER_ORDERS = ("softmax",)
-# Those in which the lanes of simdgroups that the threadgroup does not have are read, and not used.
-UNSET_MEMORY = ("reduce",)
-# Those that read a function constant that the host does not always set; it is false then.
-UNSET_CONSTANTS = ("binbcast",)
 FLAGS = {
     "outside": READ_OUTSIDE,
     "overrun": OVERRUN,
     "in-step": IN_STEP,
     "barrier-orders": BARRIER_ORDERS,
-    "unset-memory": UNSET_MEMORY,
-    "unset-constants": UNSET_CONSTANTS,
 }
 DEVICE_OPTIONS = (
     *("-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror"),

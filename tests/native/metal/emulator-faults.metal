@@ -54,13 +54,6 @@ kernel void write_array(constant arguments & args, device float * y, uint i [[th
     y[i] = p[i];
 }
 
-kernel void large_array(device float * y, uint i [[thread_position_in_threadgroup]]) {
-    threadgroup float s[8 * 1024 + 1];
-
-    s[i] = 1;
-    y[i] = s[i];
-}
-
 kernel void read_unwritten(device float * y, uint i [[thread_position_in_threadgroup]]) {
     threadgroup float s[32];
 
@@ -168,10 +161,6 @@ kernel void overlap(device float * y, uint i [[thread_position_in_threadgroup]])
     y[i / 2] = float(i);
 }
 
-kernel void overlap_of_simdgroups(device float * y, uint i [[thread_position_in_threadgroup]]) {
-    y[i & 31] = float(i);
-}
-
 kernel void read_next(device float * y, uint i [[thread_position_in_threadgroup]]) {
     y[i] = y[i + 1];
 }
@@ -188,15 +177,6 @@ kernel void barrier_without_memory(device float * y, uint i [[thread_position_in
     s[i] = float(i);
     threadgroup_barrier(mem_flags::mem_none);
     y[i] = s[63 - i];
-}
-
-kernel void read_next_lane(device float * y, uint i [[thread_position_in_threadgroup]]) {
-    threadgroup float s[32];
-
-    s[i] = 0;
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    s[i] = float(i);
-    y[i] = s[(i + 1) % 32];
 }
 
 kernel void order_of_lanes(device float * y, uint i [[thread_position_in_threadgroup]]) {
@@ -229,28 +209,12 @@ kernel void scale(device const float * x, device float * y, uint i [[thread_posi
     y[i] = x[i] * FC_factor;
 }
 
-constant bool FC_bounded [[function_constant(8)]];
-
-kernel void bound(device const float * x, device float * y, uint i [[thread_position_in_grid]]) {
-    y[i] = FC_bounded ? min(x[i], 1.0f) : x[i];
-}
-
 kernel void write_row(device float * y, uint i [[thread_position_in_grid]]) {
     y[i % 32] = float(i);
 }
 
-kernel void write_one(device float * y, uint i [[thread_position_in_threadgroup]]) {
-    if (i == 0) {
-        y[0] = 1;
-    }
-}
-
 kernel void read_previous(device float * y, uint i [[thread_position_in_grid]]) {
     y[i] = i >= 32 ? y[i - 32] : 1;
-}
-
-kernel void write_what_others_read(device float * y, uint i [[thread_position_in_grid]]) {
-    y[i] = y[i + 32];
 }
 
 kernel void count_atomically(device atomic_uint * y, uint i [[thread_position_in_grid]]) {

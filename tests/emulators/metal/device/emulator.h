@@ -85,7 +85,6 @@ struct Pipeline {
     bool           overruns       = false;        // threadgroup memory by up to OVERRUN bytes
     bool           in_step        = false;        // needs lanes that run in step
     bool           barrier_orders = false;        // threadgroup memory also with mem_none
-    bool           reads_unset    = false;        // threadgroup memory, and does not use what it reads
     unsigned       max_threads    = MAX_THREADS;  // of a threadgroup
 
     struct Value {

@@ -144,7 +144,6 @@ make_pipeline(const std::string & kernel, const std::string & name, const std::v
     pipeline->overruns       = entry.flags.find("overrun") != std::string::npos;
     pipeline->in_step        = entry.flags.find("in-step") != std::string::npos;
     pipeline->barrier_orders = entry.flags.find("barrier-orders") != std::string::npos;
-    pipeline->reads_unset    = entry.flags.find("unset-memory") != std::string::npos;
     for (const FunctionConstant * each = *pipeline->kernel->constants; each; each = each->next) {
         const size_t before = pipeline->constants.size();
         for (const ConstantValue & given : constants) {
@@ -158,9 +157,7 @@ make_pipeline(const std::string & kernel, const std::string & name, const std::v
                 pipeline->constants.push_back({ each->value, bytes[int(each->type)], given.value });
             }
         }
-        if (pipeline->constants.size() == before && entry.flags.find("unset-constants") != std::string::npos) {
-            pipeline->constants.push_back({ each->value, sizeof(bool), 0 });
-        } else if (pipeline->constants.size() == before) {
+        if (pipeline->constants.size() == before) {
             pipeline->not_set.push_back(each);
         }
     }

@@ -302,7 +302,7 @@ void see_threadgroup(const char * address, size_t bytes, bool write, bool atomic
         Cell &     cell        = group.cells[address + i - group.memory];
         const bool both_atomic = atomic && cell.atomic;
         if (cell.written_time < group.begin) {
-            if (!write && !current->pipeline->reads_unset) {
+            if (!write) {
                 fail_at(code, "a read of threadgroup memory that no thread has written: " + array.where(address + i));
             }
         } else if (cell.written_time == group.time && !both_atomic && apart(cell.writer)) {

@@ -29,12 +29,6 @@ inline float exp2_flushed(float x) {
     return std::fabs(y) < 0x1p-126f ? 0.0f : y;
 }
 
-// cvt.rna.tf32.f32: to 10 bits of mantissa, halves away from zero.
-inline uint32_t to_tf32(float x) {
-    const uint32_t bits = bits_as<uint32_t>(x);
-    return std::isfinite(x) ? (bits + 0x1000) & 0xffffe000 : bits;
-}
-
 }  // namespace cuda_emulator
 
 // clang-format off

@@ -73,19 +73,17 @@ struct Barrier {
 };
 
 struct Block {
-    static constexpr unsigned BARRIERS = 16;
-
-    std::vector<Thread>           threads;
-    std::vector<Warp>             warps;
-    std::array<Barrier, BARRIERS> barriers;
-    Thread *                      current            = nullptr;  // nullptr: the host runs
-    unsigned                      ended              = 0;
-    void *                        host_stack_pointer = nullptr;
-    void *                        abandoned          = nullptr;  // receives a failed thread's stack pointer
-    uint64_t                      number             = 0;        // number of blocks run so far
-    uint32_t                      time               = 1;        // logical clock of memory ordering, over all blocks
-    uint32_t                      random             = 1;
-    Stacks                        stacks;
+    std::vector<Thread> threads;
+    std::vector<Warp>   warps;
+    Barrier             barrier;
+    Thread *            current            = nullptr;  // nullptr: the host runs
+    unsigned            ended              = 0;
+    void *              host_stack_pointer = nullptr;
+    void *              abandoned          = nullptr;  // receives a failed thread's stack pointer
+    uint64_t            number             = 0;        // number of blocks run so far
+    uint32_t            time               = 1;        // logical clock of memory ordering, over all blocks
+    uint32_t            random             = 1;
+    Stacks              stacks;
 
     void (*invoke)(const void * closure) = nullptr;
     const void * closure                 = nullptr;
@@ -166,19 +164,15 @@ inline void go_on() {
     }
 }
 
-// The barrier of that number: waits for `count` threads, or all (0). Returns the sum of their values.
-inline int wait_at_barrier(unsigned number, unsigned count, int value, const char * what, Place place) {
-    Thread &       self    = *block.current;
-    Barrier &      barrier = block.barriers[number];
-    const unsigned all     = unsigned(block.threads.size());
-    if (count == 0 || count == all) {
-        count = all;
-        if (block.ended) {
-            const auto other = std::find_if(block.threads.begin(), block.threads.end(),
-                                            [](const Thread & thread) { return thread.ended; });
-            fail(format("divergent barrier: %s is not reached by %s, which has ended", what, name_of(*other).c_str()),
-                 place);
-        }
+// Waits for all threads of the block. Returns the sum of their values.
+inline int wait_at_barrier(int value, const char * what, Place place) {
+    Thread &  self    = *block.current;
+    Barrier & barrier = block.barrier;
+    if (block.ended) {
+        const auto other = std::find_if(block.threads.begin(), block.threads.end(),
+                                        [](const Thread & thread) { return thread.ended; });
+        fail(format("divergent barrier: %s is not reached by %s, which has ended", what, name_of(*other).c_str()),
+             place);
     }
     if (barrier.arrived && barrier.place != place) {
         fail(format("divergent barrier: %s waits at %s here while %s waits at %s", name_of(self).c_str(), what,
@@ -193,7 +187,7 @@ inline int wait_at_barrier(unsigned number, unsigned count, int value, const cha
     barrier.arrived++;
     barrier.sum += value;
     barrier.waiting[self.warp->number] |= 1u << self.lane;
-    if (barrier.arrived == count) {
+    if (barrier.arrived == block.threads.size()) {
         for (Warp & warp : block.warps) {
             warp.ready |= barrier.waiting[warp.number];
             barrier.waiting[warp.number] = 0;
@@ -267,7 +261,7 @@ void meet(uint32_t mask, Data & mine, const char * what, Place place) {
     if (!self.waited) {
         fail("this thread of a kernel that is launched early ends without griddepcontrol.wait");
     }
-    const Barrier & all = block.barriers[0];
+    const Barrier & all = block.barrier;
     if (all.arrived) {
         fail(format("divergent barrier: this thread ended while %s waits for it at %s", name_of(*all.first).c_str(),
                     text_of(all.place).c_str()));
@@ -305,10 +299,10 @@ inline void run_block() {
     block.time++;
     block.threads.resize(count);
     block.warps.resize((count + 31) / 32);
-    block.barriers = {};
-    block.ended    = 0;
-    block.failed   = false;
-    block.random   = options.random(unsigned(block.number));
+    block.barrier = {};
+    block.ended   = 0;
+    block.failed  = false;
+    block.random  = options.random(unsigned(block.number));
     for (unsigned i = 0; i < block.warps.size(); i++) {
         const unsigned lanes = count - 32 * i < 32 ? count - 32 * i : 32;
         Warp &         warp  = block.warps[i];
@@ -340,17 +334,9 @@ inline void run_block() {
 }  // namespace cuda_emulator
 
 inline void __syncthreads(cuda_emulator::Place place = cuda_emulator::Place::here()) {
-    cuda_emulator::wait_at_barrier(0, 0, 0, "__syncthreads", place);
-}
-
-inline int __syncthreads_count(int predicate, cuda_emulator::Place place = cuda_emulator::Place::here()) {
-    return cuda_emulator::wait_at_barrier(0, 0, predicate != 0, "__syncthreads_count", place);
+    cuda_emulator::wait_at_barrier(0, "__syncthreads", place);
 }
 
 inline int __syncthreads_or(int predicate, cuda_emulator::Place place = cuda_emulator::Place::here()) {
-    return cuda_emulator::wait_at_barrier(0, 0, predicate != 0, "__syncthreads_or", place) != 0;
-}
-
-inline int __syncthreads_and(int predicate, cuda_emulator::Place place = cuda_emulator::Place::here()) {
-    return cuda_emulator::wait_at_barrier(0, 0, predicate == 0, "__syncthreads_and", place) == 0;
+    return cuda_emulator::wait_at_barrier(predicate != 0, "__syncthreads_or", place) != 0;
 }

@@ -18,13 +18,6 @@ enum class Placement { end, start };
 struct Options : emulator::Ordering {
     Placement placement = Placement::end;
 
-    // Subnormal floats are zero, as with nvcc's -use_fast_math, with which ggml compiles its kernels.
-#if defined(CUDA_EMULATOR_EXACT_MATH)
-    bool flush_subnormals = false;
-#else
-    bool flush_subnormals = true;
-#endif
-
     // Maximum per block: that of sm_86, sm_89 and sm_120, the smallest of our targets except sm_75.
     size_t shared_limit = 99 * 1024;
 };
