@@ -1,19 +1,18 @@
-"""KDA_CONV and KDA_SCAN on CUDA: the kernels' own sources on the CPU, compared with float64, and their ggml code."""
+"""KDA_CONV and KDA_SCAN on CUDA: the kernels' own sources on the CPU, compared with float64.
+
+Their code for ggml is in test_cuda_backend.py.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from cuda_program import NATIVE, OPERATORS, compile_cuda, compile_with_ggml
+from cuda_program import NATIVE, OPERATORS, compile_cuda
 from native_program import run_program
 
-from kimi_gguf.engine.builds import Engine
-
 FOLDER = OPERATORS / "kda" / "cuda"
-GLUE = FOLDER / "kda-ggml.cu"
-KERNELS = [path for path in sorted(FOLDER.glob("*.cu")) if path != GLUE]
-SOURCES = [*KERNELS, NATIVE / "kda-test.cpp"]
+SOURCES = [*sorted({*FOLDER.glob("*.cu")} - {FOLDER / "kda-ggml.cu"}), NATIVE / "kda-test.cpp"]
 
 # Kernels are launched early, as on a device of compute capability 9.0.
 HOPPER = ["-D__CUDA_ARCH__=900", "-DCUDART_VERSION=13000"]
@@ -34,10 +33,3 @@ def test_every_shape_gate_and_order_of_threads(group: str, program: Path) -> Non
 def test_threads_never_race_in_shared_memory(tmp_path: Path) -> None:
     program = compile_cuda(SOURCES, tmp_path / "kda-races", include=[FOLDER], options=HOPPER, races=True)
     assert ", 0 failed" in run_program(program, "briefly").stdout
-
-
-@pytest.mark.engine
-def test_tensors_and_copies_of_states_reach_the_kernels(engine: Engine, tmp_path: Path) -> None:
-    sources = [*KERNELS, GLUE, NATIVE / "kda-glue-test.cu"]
-    program = compile_with_ggml(engine, sources, tmp_path / "kda-glue-test", include=[FOLDER])
-    assert "all as they should be" in run_program(program).stdout

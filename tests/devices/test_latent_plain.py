@@ -103,6 +103,7 @@ def test_other_caches(cache_type: str, world: World) -> None:
     assert error_of(logits, exact).in_all <= 1.05 * LOSSES[cache_type] * error_of(upstream, exact).in_all
 
 
+@pytest.mark.parametrize("world", ["deepseek2"], indirect=True)
 @pytest.mark.parametrize("cache_type", FIRST)
 def test_few_queries_stay_absorbed(cache_type: str, world: World) -> None:
     first = FIRST[cache_type]
@@ -151,7 +152,9 @@ def test_the_more_keys_the_more_queries(
         assert repeats[0] == repeats[1] < repeats[2]
 
 
-@pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
+@pytest.mark.parametrize(
+    ("world", "unified"), [("kimi-linear", True), ("deepseek2", False)], indirect=["world"]
+)
 def test_sequences_that_share_tokens(unified: bool, world: World) -> None:
     """Cells of both, then cells of one each. The third sequence shares tokens of the second."""
     steps = [
@@ -169,7 +172,9 @@ def test_sequences_that_share_tokens(unified: bool, world: World) -> None:
     assert_same(logits, world.on_cpu(steps, **setup))
 
 
-@pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
+@pytest.mark.parametrize(
+    ("world", "unified"), [("kimi-linear", False), ("deepseek2", True)], indirect=["world"]
+)
 def test_several_sequences(unified: bool, world: World) -> None:
     """A sequence reads its own cells. In a unified cache they are here between those of the other."""
     one, other = IDS[0], IDS[1]
@@ -238,14 +243,15 @@ def test_a_device_without_an_operator_of_the_plain_graph(world: World) -> None:
     assert_same(logits, world.on_cpu(steps))
 
 
+@pytest.mark.parametrize("world", ["kimi-linear"], indirect=True)
 @pytest.mark.parametrize("choice", ["off", "conv,scan", "conv,scan,mla,moe,fuse,batch"])
 def test_the_switch_disables_it(choice: str, world: World) -> None:
     assert PLAIN not in world.play(batches(340), {"KIMI_OPS": choice})[2]
 
 
-@pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
-@pytest.mark.parametrize("n_seq_max", [1, 4])
-@pytest.mark.parametrize("cells", [1024, 3584])
+@pytest.mark.parametrize(
+    ("cells", "n_seq_max", "unified"), [(1024, 1, False), (1024, 4, True), (3584, 1, True), (3584, 4, False)]
+)
 def test_memory_is_reserved(
     cells: int, n_seq_max: int, unified: bool, metal_backend: Path, engine: Engine, tmp_path: Path
 ) -> None:

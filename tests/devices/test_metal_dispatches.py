@@ -6,18 +6,16 @@ graph.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from llama_script import decode, play
-from metal_program import compile_metal_backend, dispatches, on_metal
+from metal_program import dispatches, on_metal
 from random_checkpoint import Spec
 from synthetic_case import make_gguf
 
-from kimi_gguf.engine.builds import Engine, upstream_source
-from kimi_gguf.tools.cuda_check import patched_ggml
+from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
@@ -89,11 +87,6 @@ def kernels_for_a_token(
     return counted[1] - counted[0]
 
 
-# Files that decide what is dispatched and between which dispatches there are barriers.
-UPSTREAMS_CODE = (
-    "ggml-metal.cpp", "ggml-metal-fusion.cpp", "ggml-metal-fusion.h", "ggml-metal-ops.cpp", "ggml-metal-ops.h",
-)  # fmt: skip
-
 # Our fusions: a router with its matmul needs two dispatches, not nine; the norm after a residual includes its ADDs; the
 # attention of a single token is not copied.
 COPIES = Counter({"kernel_cpy_f32_f32": MLA})
@@ -104,28 +97,6 @@ def test_upstreams_graph(metal_backend: Path, model: Path, engine: Engine, tmp_p
     counted = kernels_for_a_token(engine, model, metal_backend, tmp_path, KIMI_OPS="off")
     assert UPSTREAM == 1368
     assert counted.total() == UPSTREAM - COPIES.total()  # fix 0069 leaves them out, whatever KIMI_OPS says
-
-
-@pytest.mark.full
-def test_switched_off_the_dispatches_and_barriers_are_upstreams(
-    metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
-) -> None:
-    ggml = Path(shutil.copytree(patched_ggml("metal"), tmp_path / "ggml"))
-    for name in UPSTREAMS_CODE:
-        shutil.copy(
-            upstream_source() / "llama.cpp" / "ggml" / "src" / "ggml-metal" / name,
-            ggml / "src" / "ggml-metal",
-        )
-    upstreams = compile_metal_backend(engine, ggml, tmp_path / "backend")
-    steps = [decode(*((0, i, i) for i in range(40))), decode((0, 40, 1))]
-    logs = []
-    for backend in (metal_backend, upstreams):
-        log = tmp_path / f"log-{len(logs)}"
-        variables = {"KIMI_OPS": "off", "KIMI_METAL_DRY": "1", "KIMI_METAL_LOG": str(log)}
-        play(engine, model, on_metal(backend, flash_attention=True, cache_type="F16"), steps, **variables)
-        logs.append(log.read_text().splitlines())
-    assert logs[0] == logs[1]
-    assert "barrier" in logs[0]
 
 
 def test_without_our_libraries_the_dispatches_are_upstreams(

@@ -22,7 +22,7 @@ from llama_script import (
     together,
 )
 from metal_program import dispatches, on_metal, planted
-from native_program import OPERATORS, compile_program, passed_cases, run_program
+from native_program import OPERATORS, compile_program, run_program
 from random_checkpoint import VOCAB_SIZE, Spec
 from synthetic_case import make_gguf
 
@@ -31,7 +31,6 @@ from kimi_gguf.tools.cuda_check import patched_ggml
 
 pytestmark = pytest.mark.engine
 
-DEVICE = "MTL0"
 ORDERS = ("forwards", "backwards")
 KDA = {"KDA_CONV", "KDA_SCAN"}
 # A device may round more than the emulated one, whose NMSE is at most that of some hundred roundings of float32.
@@ -161,35 +160,6 @@ def test_a_planted_fault_is_found(fault: str, program: Path, metal_backend: Path
         pytest.raises(AssertionError, match=message),
     ):
         result(program, metal_backend, *chosen)
-
-
-# Operator -> pattern of its cases, and the number of cases; the others take minutes.
-COMPARED = {
-    "KDA_CONV": (r"head_size=(64|128),.*n_seq_tokens=(1|2|15|16|17|64),", 24),
-    "KDA_SCAN": (r"head_size=(64|128),.*n_seq_tokens=(1|2|5|17),", 24),
-}
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("operator", COMPARED)
-def test_upstreams_comparison_of_devices(
-    operator: str, order: str, metal_backend: Path, engine: Engine
-) -> None:
-    cases, count = COMPARED[operator]
-    variables = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1", "KIMI_METAL_ORDER": order}
-    assert passed_cases(engine, DEVICE, operator, "-p", cases, **variables) == count
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("operator", COMPARED)
-def test_upstreams_comparison_of_devices_all_cases(
-    operator: str, metal_backend: Path, engine: Engine
-) -> None:
-    variables = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1"}
-    assert (
-        passed_cases(engine, DEVICE, operator, "-p", "head_size=(64|128),", **variables)
-        > COMPARED[operator][1]
-    )
 
 
 def test_the_library_contains_the_kernels_however_it_is_built() -> None:

@@ -229,8 +229,9 @@ def test_logits_of_a_model(
     assert attention_kernels(log) == {ATTEND}
 
 
-@pytest.mark.parametrize("layers", [2, 999], ids=["attention on the device", "all on the device"])
-@pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
+@pytest.mark.parametrize(
+    ("unified", "layers"), [(False, 2), (True, 999)], ids=["streams, attention on the device", "unified"]
+)
 def test_drafts_are_rolled_back(
     unified: bool, layers: int, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:

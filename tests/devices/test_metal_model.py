@@ -19,7 +19,6 @@ from llama_script import (
     cut,
     decode,
     play,
-    saved_conversation,
     text,
 )
 from metal_program import dispatches, on_metal
@@ -34,12 +33,9 @@ pytestmark = pytest.mark.engine
 
 # The published model's dimensions of a cache row: ggml-metal has flash attention for them.
 SPEC = Spec(layers="KKMK", kda_head_dim=64, kv_lora=512, nope=128, rope=64, v_dim=128, seed=50)
-ALL = len(SPEC.layers) + 1  # the output counts as a layer
 IDS = np.random.default_rng(51).integers(0, VOCAB_SIZE, (2, 20))
 # Relative error of a value in half precision, squared: upstream's flash attention rounds the queries.
 HALF = 2.0**-22
-# The kernel that each KDA layer on the device runs once in each batch.
-RECURRENCE = "kernel_gated_delta_net"
 # Libraries of ours, and their kernels for this model.
 LIBRARIES = {
     "kda": {"kernel_kda_conv_f32_64", "kernel_kda_scan_f32_64"},
@@ -52,27 +48,6 @@ LIBRARIES = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("metal-model")
     return make_gguf(folder, SPEC)
-
-
-@pytest.mark.parametrize("flash", [False, True], ids=["plain", "flash"])
-@pytest.mark.parametrize("layers", [2, ALL])
-def test_logits_of_the_device(
-    layers: int, flash: bool, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
-) -> None:
-    steps = saved_conversation(IDS, tmp_path, 3)
-    chosen = {"n_seq_max": 2, "flash_attention": flash}
-    expected = play(engine, model, Setup(**chosen), steps, KIMI_OPS="off").logits
-    log = tmp_path / "log"
-    setup = on_metal(metal_backend, n_gpu_layers=layers, **chosen)
-    logits = play(engine, model, setup, steps, KIMI_OPS="off", KIMI_METAL_LOG=str(log)).logits
-    if flash:
-        assert error_of(logits, expected).in_all <= HALF
-    else:
-        assert_same(logits, expected)
-    ran = [each.kernel for each in dispatches(log)]
-    on_device = SPEC.layers[max(0, ALL - layers) :]
-    assert sum(RECURRENCE in each for each in ran) == on_device.count("K") * 6
-    assert any("flash_attn" in each for each in ran) == (flash and "M" in on_device)
 
 
 @pytest.mark.full  # test_metal_fusion.py verifies them with a fault in one part

@@ -247,7 +247,7 @@ MATMULS = {
 MATVEC_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K")
 
 
-@pytest.mark.parametrize("place", [0, 2, 36, 48, 60, 76, 84, 106, 109])
+@pytest.mark.parametrize("place", [0, 36, 76, 109])
 def test_one_wrong_matmul_is_enough(place: int, world: World) -> None:
     cases = [f"{each}, {case}" for each in MATVEC_TYPES for case, n in MATMULS.items() for _ in range(n)]
     output = check_part(world, MATVEC, SECOND_SPOILS="MUL_MAT,MUL_MAT_ID", SECOND_SPOILS_NTH=str(place))
@@ -255,8 +255,15 @@ def test_one_wrong_matmul_is_enough(place: int, world: World) -> None:
     assert found == [cases[place]], output
 
 
-@pytest.mark.parametrize("by", ["nan", "inf", "last", "scale"])
-@pytest.mark.parametrize("part", ["absorbed latent attention", "LATENT_ATTN"])
+@pytest.mark.parametrize(
+    ("part", "by"),
+    [
+        ("absorbed latent attention", "nan"),
+        ("absorbed latent attention", "scale"),
+        ("LATENT_ATTN", "inf"),
+        ("LATENT_ATTN", "last"),
+    ],
+)
 def test_every_kind_of_wrong_value_is_found(part: str, by: str, world: World) -> None:
     """Scaled values are within the bound of the quantized caches, which come last and have the larger error."""
     output = check_part(world, part, SECOND_SPOILS=COUNTS[part][0], SECOND_SPOILS_BY=by)
@@ -411,8 +418,9 @@ def test_a_tilde_in_the_name_of_the_cache_is_the_home_folder(world: World, tmp_p
     assert len(files(tmp_path / "cache")) == 1
 
 
-@pytest.mark.parametrize("age", [25, -1])
-@pytest.mark.parametrize(("fault", "repeated"), [("CRASHES", True), ("SPOILS", False)])
+@pytest.mark.parametrize(
+    ("fault", "repeated", "age"), [("CRASHES", True, 25), ("CRASHES", True, -1), ("SPOILS", False, 25)]
+)
 def test_what_crashed_is_checked_again_after_a_day(
     fault: str, repeated: bool, age: int, world: World, tmp_path: Path
 ) -> None:
@@ -440,9 +448,9 @@ def test_another_build_of_the_device_is_checked_again(world: World, tmp_path: Pa
     assert len(files(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("variable", ["GGML_METAL_FUSION_DISABLE", "CUDA_VISIBLE_DEVICES"])
-def test_other_settings_of_the_backend_are_checked_again(variable: str, world: World, tmp_path: Path) -> None:
+def test_other_settings_of_the_backend_are_checked_again(world: World, tmp_path: Path) -> None:
     """They decide which kernels run, or on which device."""
+    variable = "CUDA_VISIBLE_DEVICES"
     world.play(tmp_path, **{variable: "1"})
     assert CHECKS in world.play(tmp_path).log
     assert CHECKS not in world.play(tmp_path, **{variable: "1"}).log

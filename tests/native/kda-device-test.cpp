@@ -1,6 +1,6 @@
-// The KDA operators on a device of ggml, against their float64 oracles: lengths around the tiles, several sequences
-// with permuted and new rows, snapshots, strided and permuted sources, hostile gates, states that the device writes into
-// the cache itself, and what it must not compute. Prints a hash of all results.
+// The KDA operators on an emulated GPU, Metal or CUDA, against their float64 oracles: lengths around the tiles, several
+// sequences with permuted and new rows, snapshots, strided and permuted sources, hostile gates, states that the device
+// writes into the cache itself, and what it must not compute. Prints a hash of all results.
 //
 // Arguments: the backend's library, and the group of cases: conv, scan, gates, memory, split, rows, kept or refused; or
 // conv or scan and the sizes D H T S K of one case, whose states are written into the cache.
@@ -37,11 +37,16 @@ template <typename Shape> static int64_t n_cells(const Shape & n) {
     return n.S + 2;
 }
 
+static bool on_metal() {
+    return strcmp(ggml_backend_name(backend), "MTL0") == 0;
+}
+
 // Whether the device writes the new states into the cache: the copy is in the operator's part of the graph and nothing
-// else needs it, and no sequence continues a row that is written for another one.
+// else needs it, and no sequence continues a row that is written for another one. On CUDA, rows of slots that are not
+// written count, too.
 template <typename Shape, typename Inputs> static bool in_place(const Shape & n, const Inputs & x, const options & o) {
     for (int64_t s = 0; s < n.S; ++s) {
-        for (int64_t slot = 0; slot < std::min(n.T + 1, n.K) && x.rows[s] != x.zero_row; ++slot) {
+        for (int64_t slot = 0; slot < (on_metal() ? std::min(n.T + 1, n.K) : n.K) && x.rows[s] != x.zero_row; ++slot) {
             const int64_t writer = x.rows[s] - o.first - slot * n_cells(n);
             if (writer >= 0 && writer < n.S && writer != s) {
                 return false;
@@ -80,7 +85,14 @@ static void add_to_hash(const std::vector<float> & values) {
     }
 }
 
-// The device's memory is that of the host, and is full of NaN at first.
+// What a tensor's memory contains, with the gaps between its rows.
+static std::vector<float> values_of(const ggml_tensor * t) {
+    std::vector<float> values(ggml_nbytes(t) / sizeof(float));
+    ggml_backend_tensor_get(t, values.data(), 0, ggml_nbytes(t));
+    return values;
+}
+
+// The device's memory is full of NaN at first.
 template <typename Node, typename Shape, typename Inputs>
 static result run(const Shape & n, const Inputs & x, const options & o) {
     ggml_context * ctx      = ggml_init({ 4 << 20, nullptr, true });
@@ -131,27 +143,30 @@ static result run(const Shape & n, const Inputs & x, const options & o) {
     CHECK(ggml_backend_supports_op(backend, node.op));
     CHECK(ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS);
 
-    result              y;
-    const float * const data = (const float *) node.op->data;
-    y.out.assign(data, data + n_out);
-    y.in_place = std::all_of(data + n_out, data + ggml_nelements(node.op), [](float f) { return std::isnan(f); });
+    result                   y;
+    const std::vector<float> data = values_of(node.op), cache = values_of(node.cache);
+    const ggml_tensor *      states = o.copied ? to : from;
+    const std::vector<float> stored = values_of(states);
+    y.out.assign(data.begin(), data.begin() + n_out);
+    y.in_place = std::all_of(data.begin() + n_out, data.end(), [](float f) { return std::isnan(f); });
     for (int64_t k = 0; k < n_slots; ++k) {
         for (int64_t s = 0; s < n.S; ++s) {
-            const float * p = (const float *) row_of(o.copied ? to : from, s, k);
+            const auto p = stored.begin() + (s * states->nb[1] + k * states->nb[2]) / sizeof(float);
             y.states.insert(y.states.end(), p, p + size);
         }
     }
-    for (int64_t i = 0; after && i < ggml_nelements(after); ++i) {
-        const float seen = ((const float *) after->data)[i], kept = ((const float *) node.cache->data)[i];
-        CHECK(seen == kept || (std::isnan(seen) && std::isnan(kept)));
+    if (after) {
+        const std::vector<float> seen = values_of(after);
+        CHECK(std::equal(seen.begin(), seen.end(), cache.begin(),
+                         [](float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }));
     }
     if (read) {
-        CHECK(memcmp(read->data, y.states.data(), ggml_nbytes(read)) == 0);
+        CHECK(memcmp(values_of(read).data(), y.states.data(), ggml_nbytes(read)) == 0);
     }
     for (int64_t r = 0; r < node.cache->ne[1]; ++r) {
         const int64_t slot = (r - o.first + n_cells(n)) / n_cells(n) - 1, s = r - o.first - slot * n_cells(n);
         const bool    written = o.copied && o.kept != keep::elsewhere && slot >= 0 && slot < n_slots && s < n.S;
-        CHECK(written || memcmp(row_of(node.cache, r), x.cache.data() + r * size, size * sizeof(float)) == 0);
+        CHECK(written || memcmp(&cache[r * row / sizeof(float)], &x.cache[r * size], size * sizeof(float)) == 0);
     }
     ggml_backend_buffer_free(buffer);
     ggml_free(ctx);
@@ -363,11 +378,12 @@ static void test_offset(ggml_tensor * op, int i, bool any) {
     op->src[i] = given;
 }
 
-// Kernels access four floats at once, and there are kernels for two head sizes, of which that of KDA_SCAN needs eight
-// threads for each value.
+// Kernels access four floats at once. On Metal there are kernels for two head sizes, of which that of KDA_SCAN needs eight
+// threads for each value, and weights are vectors, too.
 static void test_refused() {
     const char *   most  = getenv("KIMI_METAL_MAX_THREADS");
     const int64_t  limit = most ? atol(most) : 1024;
+    const bool     metal = on_metal();
     ggml_context * ctx   = ggml_init({ 4 << 20, nullptr, true });
     const auto     dense = [&](auto... ne) { return source(ctx, 0, ne...); };
     for (const int64_t D : { 32, 64, 96, 128, 192, 256 }) {
@@ -375,21 +391,23 @@ static void test_refused() {
         const scan_shape n = { D, 2, 2, 2, 1 };
         const conv_node  conv(ctx, c, make_conv(c, false, false), dense);
         const scan_node  scan(ctx, n, make_scan(n, "ordinary", -INFINITY, false, false), dense);
-        const bool       has_kernels = D == 64 || D == 128;
+        const bool       has_kernels = metal ? D == 64 || D == 128 : D != 192;
         expect(ggml_backend_supports_op(backend, conv.op) == has_kernels, text("KDA_CONV, head size %d", (int) D));
-        expect(ggml_backend_supports_op(backend, scan.op) == (has_kernels && 8 * D <= limit),
+        expect(ggml_backend_supports_op(backend, scan.op) == (has_kernels && (!metal || 8 * D <= limit)),
                text("KDA_SCAN, head size %d", (int) D));
         if (D == 64) {
             for (int i = GGML_KDA_CONV_Q; i <= GGML_KDA_CONV_CACHE; ++i) {
-                test_strides(conv.op, i, false);
+                if (metal || i < GGML_KDA_CONV_WQ || i > GGML_KDA_CONV_WV) {
+                    test_strides(conv.op, i, false);
+                }
                 test_offset(conv.op, i, false);
             }
             for (const int i : { GGML_KDA_SCAN_QKV, GGML_KDA_SCAN_F, GGML_KDA_SCAN_GATE, GGML_KDA_SCAN_CACHE }) {
                 test_strides(scan.op, i, false);
                 test_offset(scan.op, i, false);
             }
-            test_offset(scan.op, GGML_KDA_SCAN_DT_BIAS, false);
-            test_offset(scan.op, GGML_KDA_SCAN_NORM, false);
+            test_offset(scan.op, GGML_KDA_SCAN_DT_BIAS, !metal);
+            test_offset(scan.op, GGML_KDA_SCAN_NORM, !metal);
             test_strides(scan.op, GGML_KDA_SCAN_BETA, true);
             test_offset(scan.op, GGML_KDA_SCAN_BETA, true);
             test_offset(scan.op, GGML_KDA_SCAN_A, true);

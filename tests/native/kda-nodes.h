@@ -3,6 +3,7 @@
 // The nodes of the KDA operators with the inputs of kda-cases.h, for tests that use the kernels through ggml.
 
 #include "check.h"
+#include "ggml-backend.h"
 #include "ggml-kda-conv.h"
 #include "ggml-kda-scan.h"
 #include "ggml.h"
@@ -12,19 +13,20 @@
 
 namespace kda_cases {
 
-// Row [b, c, d] of a tensor.
+// Row [b, c, d] of a tensor in the host's memory.
 inline char * row_of(const ggml_tensor * t, int64_t b, int64_t c = 0, int64_t d = 0) {
     return (char *) t->data + b * t->nb[1] + c * t->nb[2] + d * t->nb[3];
 }
 
-// Writes x to a tensor whose rows may be non-contiguous.
+// Writes x to a tensor of a backend whose rows may be non-contiguous.
 template <typename T> void put(ggml_tensor * t, const std::vector<T> & x) {
     CHECK((int64_t) x.size() == ggml_nelements(t));
     size_t n = 0;
     for (int64_t d = 0; d < t->ne[3]; ++d) {
         for (int64_t c = 0; c < t->ne[2]; ++c) {
             for (int64_t b = 0; b < t->ne[1]; ++b, n += t->ne[0]) {
-                memcpy(row_of(t, b, c, d), x.data() + n, t->ne[0] * sizeof(T));
+                const size_t offset = b * t->nb[1] + c * t->nb[2] + d * t->nb[3];
+                ggml_backend_tensor_set(t, x.data() + n, offset, t->ne[0] * sizeof(T));
             }
         }
     }

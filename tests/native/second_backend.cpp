@@ -23,7 +23,6 @@
 //   SECOND_GRAPHS    a file for a line per computed graph: the device, the number of nodes that compute something, the
 //                    number of steps with kernels, "again" if a captured graph would be launched, or "anew", and how many kernels,
 //                    copies and fills the real backend launches for it
-//   SECOND_LAUNCHES  with SECOND_GRAPHS, a file for a line per step of a graph with its launches (cuda/second_cuda.cu)
 
 #include "common/ggml-op-marks.h"
 #include "ggml-backend-impl.h"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -114,14 +113,6 @@ def test_on_arm(architecture: str, program: str) -> None:
     passes(made, program, cases, QEMU_CPU=ARM[architecture], KIMI_CPU_BACKEND=library, KIMI_I8MM=i8mm)
 
 
-@pytest.mark.parametrize("best", [pytest.param(OLDEST_ARM, marks=pytest.mark.full), *NEWER_ARM])
-def test_ggml_picks_the_best_variant_that_an_arm_processor_runs(best: str) -> None:
-    made = build(ARM_VARIANTS, *(f"ggml-cpu-{name}" for name in (best, *NEWER_ARM)))
-    ended = made.run("test-kda", KIMI_CASES="400", QEMU_CPU=ARM[best])
-    assert ended.returncode == 0, ended.stdout
-    assert loaded_variants(ended.stderr) == [best]
-
-
 def cpu_flags() -> set[str]:
     """The flags that the processor reports."""
     line = re.search(r"(?m)^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text())
@@ -187,22 +178,25 @@ def test_branches_for_avx_vnni_on_a_processor_without(program: str, uses: str) -
     passes(made, program, NATIVE[program], KIMI_CPU_BACKEND=str(library))
 
 
+# Program -> number of threads that are compared with one.
+THREADS = {"test-kda": "7", "latent-attn-test": "33", MATMUL: "100"}
+
+
 @needs_x86
-@pytest.mark.parametrize("threads", ["7", "33", "100"])
-@pytest.mark.parametrize("program", [*PROGRAMS, MATMUL])
-def test_many_threads_with_avx2(program: str, threads: str) -> None:
+@pytest.mark.parametrize("program", THREADS)
+def test_many_threads_with_avx2(program: str) -> None:
     require(AVX2)
     made = build(ALL_VARIANTS, "ggml-cpu-haswell")
     library = str(made.bin / "libggml-cpu-haswell.so")
-    passes(made, program, MANY_THREADS[program], threads, KIMI_CPU_BACKEND=library)
+    passes(made, program, MANY_THREADS[program], THREADS[program], KIMI_CPU_BACKEND=library)
 
 
-@pytest.mark.parametrize("threads", ["7", "33", "100"])
-@pytest.mark.parametrize("program", [*PROGRAMS, MATMUL])
-def test_many_threads_on_arm(program: str, threads: str) -> None:
+@pytest.mark.full  # the same code as with AVX2
+@pytest.mark.parametrize("program", THREADS)
+def test_many_threads_on_arm(program: str) -> None:
     made = build(ARM_VARIANTS, f"ggml-cpu-{NEWER_ARM[0]}")
     library = str(made.bin / f"libggml-cpu-{NEWER_ARM[0]}.so")
-    cases = MANY_THREADS[program]
+    cases, threads = MANY_THREADS[program], THREADS[program]
     passes(made, program, cases, threads, QEMU_CPU=ARM[NEWER_ARM[0]], KIMI_CPU_BACKEND=library)
 
 
@@ -243,64 +237,6 @@ def test_ggml_picks_the_best_variant_that_runs() -> None:
     ended = build_variants(runnable()).run("test-kda", KIMI_CASES="400")
     assert ended.returncode == 0, ended.stdout
     assert loaded_variants(ended.stderr) == runnable()[-1:]
-
-
-# A processor that qemu emulates (none has AVX-512) -> the best of all of ggml's variants for it.
-BEST_OF_ALL = {
-    "qemu64": "x64",
-    "Nehalem": "sse42",
-    "SandyBridge": "sandybridge",
-    "IvyBridge": "ivybridge",
-    "Opteron_G5": "piledriver",
-    "Haswell": "haswell",
-    "EPYC": "haswell",
-    "max": "haswell",
-}
-LOADER = """
-#include <dlfcn.h>
-int main(int argc, char ** argv) {
-    ((void (*)(void)) dlsym(dlopen(argv[1], RTLD_NOW), "ggml_backend_load_all"))();
-}
-"""
-# A backend that says that it was chosen; ggml's own code of each variant judges the processor.
-CHOSEN = """
-#include <stdio.h>
-void * ggml_backend_init(void) { puts(NAME); fflush(stdout); return NULL; }
-"""
-
-
-@needs_x86
-def test_ggml_picks_the_best_of_all_variants_on_other_processors(tmp_path: Path) -> None:
-    made = build(EMULATED_X86)
-    known = made.ninja("-t", "targets", "all")
-    judges = {name: path for path, name in re.findall(r"(?m)^(.*/ggml-cpu-(\w+)-feats\.dir/.*\.o): ", known)}
-    assert set(BEST_OF_ALL.values()) < set(judges) and "zen4" in judges
-    made.ninja(*judges.values())
-    compilers = {name: found.path for name, found in find_compilers("cpu").items()}
-    for text, name in ((LOADER, "loader.c"), (CHOSEN, "chosen.c")):
-        (tmp_path / name).write_text(text)
-    for library in ("libggml-registry.so", "libggml-base.so"):
-        shutil.copy(made.bin / library, tmp_path)
-    subprocess.run([compilers["C"], "loader.c", "-o", "loader", "-ldl"], cwd=tmp_path, check=True)
-    for name, judge in judges.items():
-        subprocess.run(
-            [compilers["C"], "-c", "-fPIC", f'-DNAME="{name}"', "chosen.c", "-o", "chosen.o"],
-            cwd=tmp_path, check=True,
-        )  # fmt: skip
-        subprocess.run(
-            [compilers["C++"], "-shared", "chosen.o", made.folder / judge, "-o", f"libggml-cpu-{name}.so"],
-            cwd=tmp_path, check=True,
-        )  # fmt: skip
-    chosen = {}
-    for processor in BEST_OF_ALL:
-        ended = made.run(
-            tmp_path / "loader",
-            str(tmp_path / "libggml-registry.so"),
-            QEMU_CPU=processor,
-            LD_LIBRARY_PATH=str(tmp_path),
-        )
-        chosen[processor] = ended.stdout.strip()
-    assert chosen == BEST_OF_ALL
 
 
 # Loads the backends as llama_backend_init does, and prints the file that ggml keeps open.

@@ -2,7 +2,7 @@
 
 Fewer cases than without them (KIMI_CASES). Tensors of the native tests end where their buffer ends (ApartBuffers), so
 an access beyond a tensor is beyond the heap block. Each sanitizer must find a planted fault of its kind in a copy of
-the KDA scan. A small model runs with the same libraries and the engine's own libllama.
+the KDA scan.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from pathlib import Path
 
 import pytest
 from ggml_variant import Build, Variant, build
-from random_checkpoint import Spec, write_checkpoint
 from selection import some_of
-
-from kimi_gguf.convert.conversion import convert
-from kimi_gguf.convert.types.file_types import TYPES
-from kimi_gguf.engine.builds import Engine
 
 THREADED = ("test-kda", "latent-attn-test", "quant-gemm-test", "quant-gemm-gated-test")
 PROGRAMS = (*THREADED, "test_fattn_f32", "split-test")
@@ -44,8 +39,6 @@ THREAD = Variant(
     runner=("setarch", "-R"),  # it does not support much randomness of the memory map
     environment={"TSAN_OPTIONS": "halt_on_error=1"},
 )
-RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
-THREADS = {"address": "1", "thread": "2"}
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -115,27 +108,3 @@ def plant(made: Build, line: str, folder: Path) -> Path:
     words[words.index("-o") + 1] = str(folder / "bin" / "libggml-cpu.so")
     subprocess.run(words, cwd=made.folder, check=True)
     return folder / "bin"
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize("variant", some_of((ADDRESS, THREAD), ADDRESS), ids=lambda variant: variant.name)
-def test_a_model_with_rollback(variant: Variant, engine: Engine, tmp_path: Path) -> None:
-    """Upstream's program with the sanitized ggml; libllama is the engine's, without a sanitizer."""
-    made = build(variant)
-    convert(
-        write_checkpoint(tmp_path / "model", Spec(layers="KM", seed=70)), tmp_path / "m.gguf", TYPES["F32"]
-    )
-    shutil.copytree(engine.lib, tmp_path / "lib")
-    for library in made.bin.glob("libggml*.so"):
-        shutil.copy2(library, tmp_path / "lib")
-    (tmp_path / "bin").mkdir()
-    program = shutil.copy2(engine.bin / "test-recurrent-state-rollback", tmp_path / "bin")
-    compiler = json.loads((made.folder / "compile_commands.json").read_text())[0]["command"].split()
-    compiler = compiler[1] if compiler[0].endswith("ccache") else compiler[0]
-    runtime = subprocess.run(
-        [compiler, f"-print-file-name={RUNTIME[variant.name]}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    options = {**variant.environment, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
-    ended = made.run(program, "-m", str(tmp_path / "m.gguf"), "-t", THREADS[variant.name], **options)
-    assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-4000:]
-    assert "multi-seq split replay matched" in ended.stdout + ended.stderr

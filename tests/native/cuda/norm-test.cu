@@ -1,5 +1,6 @@
 // Norms of one token with their residual and in Q8_1 (ggml_ops/fusion/cuda/norm.cu), next to float64 and to upstream's
-// quantization; how long Q8_1 is kept, for which matmuls, and which nodes are left to upstream.
+// quantization; how long Q8_1 is kept, for which matmuls, also if a matmul has made it, and which nodes are left to
+// upstream.
 
 #include "check.h"
 #include "device-graph.cuh"
@@ -14,6 +15,13 @@
 using namespace cuda_emulator;
 
 constexpr float EPS = 1e-5f;
+
+static ggml_tensor * matrix_of(DeviceGraph & t, int64_t n, ggml_type type = GGML_TYPE_Q8_0) {
+    ggml_tensor *            w = t.place(ggml_new_tensor_2d(t.ctx, type, n, 8), t.weights);
+    const std::vector<float> values(ggml_nelements(w), 0.5f);
+    ggml_quantize_chunk(w->type, values.data(), w->data, 0, 8, n, nullptr);
+    return w;
+}
 
 // x + residual, its norm, and matmuls of that.
 struct Norm : DeviceGraph {
@@ -33,22 +41,15 @@ struct Norm : DeviceGraph {
         norm              = result(ggml_rms_norm(ctx, sum, EPS));
         out               = result(ggml_mul(ctx, norm, factors));
         columns           = ggml_reshape_3d(ctx, out, n, 1, n_tokens);
-        product           = result(ggml_mul_mat(ctx, matrix(n), out));
+        product           = result(ggml_mul_mat(ctx, matrix_of(*this, n), out));
         ggml_tensor * ids = place(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n_tokens), results);
         memset(ids->data, 0, ggml_nbytes(ids));
-        expert_product = result(ggml_mul_mat_id(ctx, matrix(n), columns, ids));
+        expert_product = result(ggml_mul_mat_id(ctx, matrix_of(*this, n), columns, ids));
         graph          = graph_of(product);
         ggml_build_forward_expand(graph, expert_product);
         if (adds) {  // the residual of the next layer
             ggml_build_forward_expand(graph, result(ggml_scale(ctx, sum, 2.0f)));
         }
-    }
-
-    ggml_tensor * matrix(int64_t n) {
-        ggml_tensor *            w = place(ggml_new_tensor_2d(ctx, GGML_TYPE_Q8_0, n, 8), weights);
-        const std::vector<float> values(ggml_nelements(w), 0.5f);
-        ggml_quantize_chunk(w->type, values.data(), w->data, 0, 8, n, nullptr);
-        return w;
     }
 
     const ggml_tensor * first() const { return sum == x ? norm : sum; }
@@ -143,15 +144,39 @@ static void test_shared_memory() {
 }
 
 // The launches of a matmul.
-static int multiplies(Norm & t, ggml_tensor * node, const ggml_tensor * columns = nullptr) {
+static int multiplies(DeviceGraph & t, ggml_tensor * node) {
     t.cuda.begin_node(node);
     n_submitted = 0;
-    ggml_cuda_mul_mat_vec_q(t.cuda, node->src[0], columns ? columns : node->src[1], node->src[2], node);
+    ggml_cuda_mul_mat_vec_q(t.cuda, node->src[0], node->src[1], node->src[2], node);
     return n_submitted;
 }
 
+constexpr int OWN = 2, KEPT = 1;
+
+// Matmuls of one to eight columns in a row quantize the tensor that they share once.
+static void test_shared_inputs(int64_t n_columns) {
+    DeviceGraph   t;
+    ggml_tensor * x     = t.column(768, n_columns);
+    ggml_tensor * q8_0  = t.result(ggml_mul_mat(t.ctx, matrix_of(t, 768), x));
+    ggml_tensor * q4_k  = t.result(ggml_mul_mat(t.ctx, matrix_of(t, 768, GGML_TYPE_Q4_K), x));
+    ggml_tensor * other = t.result(ggml_mul_mat(t.ctx, matrix_of(t, 768), t.column(768, n_columns)));
+    expect(multiplies(t, q8_0) == OWN, "alone");
+    const std::vector<float> of_q8_0 = t.values(q8_0);
+    t.cuda.begin_node(nullptr);
+    expect(multiplies(t, q4_k) == OWN, "in the next graph");
+    const std::vector<float> of_q4_k = t.values(q4_k);
+    expect(multiplies(t, q8_0) == KEPT && t.values(q8_0) == of_q8_0, "the second node, the same bits");
+    expect(multiplies(t, q4_k) == KEPT && t.values(q4_k) == of_q4_k, "the third node, the same bits");
+    expect(multiplies(t, other) == OWN, "another input");
+    expect(multiplies(t, q8_0) == OWN, "the first input again");
+    t.cuda.begin_node(ggml_scale(t.ctx, x, 2.0f));
+    expect(multiplies(t, q8_0) == OWN, "after a node of another kind");
+    t.cuda.curr_stream_no = 1;
+    expect(multiplies(t, q8_0) == OWN, "in another stream");
+    t.cuda.curr_stream_no = 0;
+}
+
 static void test_how_long_q8_1_is_kept() {
-    constexpr int OWN = 2, KEPT = 1;
     standin_capability = 890;
     {
         Norm t(2304);
@@ -171,7 +196,7 @@ static void test_how_long_q8_1_is_kept() {
     {
         Norm t(2304);
         t.fuse();
-        ggml_tensor * other = t.result(ggml_mul_mat(t.ctx, t.matrix(2304), t.x));
+        ggml_tensor * other = t.result(ggml_mul_mat(t.ctx, matrix_of(t, 2304), t.x));
         expect(multiplies(t, other) == OWN, "a matmul of another column");
         expect(multiplies(t, t.product) == OWN, "after it");
     }
@@ -180,7 +205,7 @@ static void test_how_long_q8_1_is_kept() {
         t.fuse();
         ggml_tensor * ids = t.expert_product->src[2];
         ggml_tensor * other =
-            t.result(ggml_mul_mat_id(t.ctx, t.matrix(2304), ggml_reshape_3d(t.ctx, t.x, 2304, 1, 1), ids));
+            t.result(ggml_mul_mat_id(t.ctx, matrix_of(t, 2304), ggml_reshape_3d(t.ctx, t.x, 2304, 1, 1), ids));
         expect(multiplies(t, other) == OWN, "experts of another column");
         expect(multiplies(t, t.product) == KEPT, "after them");
     }
@@ -202,7 +227,7 @@ static void test_how_long_q8_1_is_kept() {
         Norm t(2304);
         t.fuse();
         ggml_tensor * view  = ggml_view_1d(t.ctx, t.x, 2304, 0);
-        ggml_tensor * other = t.result(ggml_mul_mat(t.ctx, t.matrix(2304), view));
+        ggml_tensor * other = t.result(ggml_mul_mat(t.ctx, matrix_of(t, 2304), view));
         expect(multiplies(t, other) == OWN, "a matmul of a view");
         t.cuda.begin_node(ggml_scale_inplace(t.ctx, t.x, 2.0f));
         expect(multiplies(t, other) == OWN, "after its tensor was written again");
@@ -218,7 +243,7 @@ static void test_how_long_q8_1_is_kept() {
         Norm t(2304);
         t.fuse();
         ggml_tensor * half = ggml_view_1d(t.ctx, t.out, 1152, 0);
-        ggml_tensor * node = t.result(ggml_mul_mat(t.ctx, t.matrix(1152), half));
+        ggml_tensor * node = t.result(ggml_mul_mat(t.ctx, matrix_of(t, 1152), half));
         expect(multiplies(t, node) == OWN, "a part of the column");
     }
 }
@@ -280,6 +305,8 @@ int main() {
         }
     }
     test_shared_memory();
+    test_shared_inputs(1);
+    test_shared_inputs(3);
     test_how_long_q8_1_is_kept();
     test_refusals();
     return report();

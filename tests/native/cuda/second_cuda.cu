@@ -6,8 +6,6 @@
 #include "ggml-cuda.cu"
 #include "to-floats.cuh"
 
-#include <fstream>
-
 using namespace cuda_emulator;
 
 // The number of calls of missing upstream functions: those that only answer a question, and those that launch.
@@ -115,55 +113,14 @@ static void optimize(ggml_cgraph * graph, ggml_backend_graph_optimize_params * p
     ggml_backend_cuda_graph_optimize(&backend, graph, params);
 }
 
-// Appends a line for each step of the graph to the file SECOND_LAUNCHES, and an empty line: how many launches it has, the
-// name of its last node, and the operators of its nodes without views. Returns the sum of the launches.
-static int list_launches(ggml_cgraph * graph) {
-    std::ofstream file(getenv("SECOND_LAUNCHES"), std::ios::app);
-    const auto    n_launches = [] { return n_submitted + upstream_launches; };
-    const int     first      = n_launches();
-    const auto    computes   = [](const ggml_tensor * node) {
-        return !ggml_cuda_is_view_or_noop(node) && (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0;
-    };
-    counts_only = true;
-    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        ggml_tensor * node = ggml_graph_node(graph, i);
-        if (!computes(node)) {
-            continue;
-        }
-        const int before = n_launches();
-        cuda().begin_node(node);
-        const int n_more = ggml_cuda_try_fuse(&cuda(), graph, i);
-        if (n_more == 0) {
-            GGML_ASSERT(ggml_cuda_compute_forward(cuda(), node));
-        }
-        file << n_launches() - before << '\t' << ggml_graph_node(graph, i + n_more)->name << '\t';
-        for (int n = i; n <= i + n_more; ++n) {
-            if (computes(ggml_graph_node(graph, n))) {
-                file << ggml_op_desc(ggml_graph_node(graph, n)) << ' ';
-            }
-        }
-        file << '\n';
-        i += n_more;
-    }
-    finish();
-    counts_only = false;
-    file << '\n';
-    GGML_ASSERT(file.flush());
-    return n_launches() - first;
-}
-
 // ggml-cuda's own loop over the nodes, with work that is only counted. Functions of upstream that are not linked count as
 // one launch each. Most of them have one; attention on tensor cores has up to three.
 static int launches(ggml_cgraph * graph) {
     const int before = n_submitted + upstream_launches;
     counts_only      = true;
     ggml_cuda_graph_evaluate_and_capture(&cuda(), graph, false, false, graph);
-    counts_only       = false;
-    const int n_total = n_submitted + upstream_launches - before;
-    if (getenv("SECOND_LAUNCHES")) {
-        GGML_ASSERT(list_launches(graph) == n_total);
-    }
-    return n_total;
+    counts_only = false;
+    return n_submitted + upstream_launches - before;
 }
 
 static bool replays(ggml_cgraph * graph) {
