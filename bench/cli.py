@@ -47,7 +47,7 @@ EXAMPLES = f"""\
   kimi-llama bench --family ling-3.0-tiny --type Q4_0,Q4_K_M --depth 0,16384    the whole model, 4.5 and 4.8 GB
   kimi-llama bench --family deepseek2 --layers 4    latent attention and experts without KDA
   kimi-llama bench --operators --json out/operators.json
-  kimi-llama bench --products --threads 1 --json out/products.json
+  kimi-llama bench --matmuls --threads 1 --json out/matmuls.json
   kimi-llama bench --hybrid --json out/hybrid.json
   kimi-llama bench --prompt-cache --json out/prompt-cache.json
   kimi-llama bench --equal-requests                 answers of llama-server to equal requests, with the demo
@@ -85,7 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--demo", action="store_true", help="measure the converted demo checkpoint (--type Q8_0 or BF16)")
     add("--operators", nargs="?", const=TIMED, type=words(TIMED), metavar="OP,..",
         help="time single operators, with one layer of the 48B's sizes; on a device, all or those named")  # fmt: skip
-    add("--products", action="store_true", help="time single matmuls by weight type, with %% of roofline")
+    add("--matmuls", action="store_true", help="time single matmuls by weight type, with %% of roofline")
+    add("--products", dest="matmuls", action="store_true", help=argparse.SUPPRESS)  # its old name
     add("--hybrid", action="store_true",
         help="compare one MLA layer in four with MLA in every layer (patched only)")  # fmt: skip
     add("--prompt-cache", action="store_true",
@@ -173,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is written").add_argument
     add("--json", type=Path, metavar="FILE", help="write all measurements, for --records")
     add("--record", type=Path, metavar="FILE", help="add all measurements to the records of a machine")
-    add("--page", type=Path, metavar="FILE", help="write a Markdown page, with pictures next to it")
+    add("--page", type=Path, metavar="FILE", help="write a Markdown page, with a picture next to it")
 
 
 def number(text: str, most: int | None = None) -> int:

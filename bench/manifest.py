@@ -1,7 +1,7 @@
 """Reads the manifest of a page of measurements: which commands it shows, and from which records.
 
-Input: a TOML file with `title`, `page`, `records` (paths relative to it) and `commands`. Output: the records of those
-commands.
+Input: a TOML file with `title`, `page`, `records` (paths relative to it), `commands` and perhaps `threads` and
+`method`. Output: the records of those commands.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_gguf.bench.record import load_all
+from kimi_gguf.bench.record import load
 from kimi_gguf.engine.errors import EngineError, reason
 
 
@@ -23,16 +23,20 @@ class Manifest:
     page: Path
     records: Path
     commands: tuple[str, ...]  # exactly as in the records
+    threads: int | None  # cells with other numbers of threads are left out
+    method: str | None  # the page that says how cells are measured, if it is not this one
 
     def selected(self) -> list[dict[str, Any]]:
         """The records of the commands. Raises `EngineError` if a command has none."""
-        found = [record for record in load_all(self.records) if record["command"] in self.commands]
+        found = [record for record in load(self.records) if record["command"] in self.commands]
         missing = [each for each in self.commands if each not in {record["command"] for record in found}]
         if missing:
             raise EngineError(
                 f"{self.records}: no record of {missing[0]}",
                 todo=f"measure it with --record {self.records}, or remove it from the manifest",
             )
+        for model in (model for record in found for model in record["models"] if self.threads):
+            model["cells"] = [cell for cell in model["cells"] if cell["threads"] == self.threads]
         return found
 
 
@@ -54,7 +58,8 @@ def read_manifest(file: Path) -> Manifest:
             "records": str(records),
             "commands": [_, *_] as commands,
         } if all(isinstance(each, str) for each in commands):
-            return Manifest(title, file.parent / page, file.parent / records, tuple(commands))
+            paths = file.parent / page, file.parent / records
+            return Manifest(title, *paths, tuple(commands), data.get("threads"), data.get("method"))
     expected = "title, page and records: texts; commands: a list of one text or more"
     keys = ("title", "page", "records", "commands")
     found = ", ".join(f"{key}: {data[key]!r:.40}" for key in keys if key in data)

@@ -73,7 +73,7 @@ def measure_matmuls(libraries: dict[str, Path], threads: int, reporter: Reporter
             computing, reading = shape.macs / peaks.matmul(weights), shape.weight_bytes(weights) / peaks.read
             floor = {
                 "share": max(computing, reading) / row["patched"]["seconds"],
-                "bound": "products" if computing >= reading else "memory",
+                "bound": "compute" if computing >= reading else "memory",
                 "limits": vars(peaks),
             }
             yield row | {"weights": weights, "shape": shape.title, "floor": floor}

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kimi_gguf.bench.cells import UBATCH
 from kimi_gguf.bench.report import Data, one_line
 
 
@@ -20,13 +19,13 @@ def by_age(records: Iterable[Data]) -> list[Data]:
 
 def model_key(model: Data) -> tuple[str, int | None]:
     """Equal for the same file: its name, which has its type, and its bytes. Bytes are None if unknown."""
-    return str(model["name"]), model.get("bytes")
+    return str(model["name"]), model["bytes"]
 
 
 def cell_key(cell: Data) -> tuple[Any, ...]:
     """Equal for two cells that measure the same."""
     key = tuple(cell[name] for name in ("cache_type", "sequences", "threads", "depth", "batch"))
-    return (*key[:3], cell.get("ubatch", UBATCH), *key[3:])
+    return (*key[:3], cell["ubatch"], *key[3:])
 
 
 def cache_size(model: Data) -> float:
@@ -44,12 +43,12 @@ def merged(records: Sequence[Data]) -> dict[str, Data]:
             into = models.setdefault(model_key(model), {"model": model} | {kind: {} for kind in kinds})
             into["model"] = max(model, into["model"], key=cache_size)  # the later one if both are equal
             about = model["about"]
-            if model["cells"] or about.get("not_measured"):
+            if model["cells"] or about["not_measured"]:
                 into["commands"][measured_by(record)] = None
-            for lines in about.get("fallbacks", {}).values():
+            for lines in about["fallbacks"].values():
                 into["fallbacks"] |= dict.fromkeys(lines)
-            into["left_out"] |= about.get("left_out", {})
-            into["not_measured"] |= {cell_key(cell): cell for cell in about.get("not_measured", ())}
+            into["left_out"] |= about["left_out"]
+            into["not_measured"] |= {cell_key(cell): cell for cell in about["not_measured"]}
             into["cells"] |= {cell_key(cell): cell for cell in model["cells"]}
     for each in models.values():
         left = each["not_measured"].keys() - each["cells"].keys()
@@ -73,7 +72,7 @@ def operator_rows(records: Iterable[Data]) -> dict[str, list[Data]]:
     """The rows of each operator on a device, from its latest record."""
     rows: dict[str, list[Data]] = {}
     for record in by_age(records):
-        found = record.get("device_operators", ())
+        found = record["device_operators"]
         for name in dict.fromkeys(row["operator"] for row in found):
             rows[name] = [row for row in found if row["operator"] == name]
     return rows

@@ -1,7 +1,7 @@
 """Writes the page of measurements.
 
-Input: records. Output: a Markdown page, and a picture next to it for each group of cells. If several records have the
-same cell, the latest counts. Records with different `libraries` have sections of their own.
+Input: records. Output: a Markdown page, and a picture of all cells next to it. If several records have the same cell,
+the latest counts. Records with different `libraries` have sections of their own.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from kimi_gguf.bench import report
 from kimi_gguf.bench.aims import aims_table
-from kimi_gguf.bench.cells import UBATCH
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.bench.hybrid import MILLION, NAMES, extrapolated
 from kimi_gguf.bench.matmuls import K
-from kimi_gguf.bench.merging import by_age, cell_key, measured_by, merged, operator_rows
+from kimi_gguf.bench.merging import by_age, measured_by, merged, operator_rows
 from kimi_gguf.bench.operators import counted
 from kimi_gguf.bench.plot import draw
 from kimi_gguf.bench.record import machine_of
@@ -31,51 +29,21 @@ PARAMETER = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]*)")  # as test-backend-ops write
 MADE_BY = "Written by `kimi-llama bench`; do not edit."
 
 INTRODUCTION = """\
-{made_by} Each section lists the commands that measured it, with the
-patched build and the day. If several of them measured the same cell, the last one counts.
-
-{machine}. llama.cpp {commit} of {package}, upstream and patched ({builds}) built from the
-same archive with the same options by {compiler}, without upstream's AMX matmuls. Measured {when} with
-kimi-gguf at {checkouts}. {dirty}Builds of later commits contain later patches.
-
-Each build has its own process with the model loaded. The processes alternate in one run (A B B A); the idle one is
-stopped. Figures are medians ± the median absolute deviation. Upstream: the fastest of `--repack 0/1` and flash
-attention on/off, for each cell. Patched: the default options with `KIMI_OPS={switch}`. *tg*: decoding one token at a
-time. *ppN*: N prompt tokens in one batch, with the logits of the last. *at D*: after D tokens in the cache; both builds
-load the same saved state. *% of roofline*: the least possible time divided by the time of patched. The least time is
-the sum over weights, attention and recurrence of bytes / memory bandwidth or multiply-adds / peak rate, whichever is
-longer; the rates are measured before and after each cell. In parentheses: what bounds most of this time. Above 100 %:
-the bandwidth measured around the cell was lower than during it. *Unknown*: the int8 rate was measured wrongly.
+{made_by} {machine}. llama.cpp {commit} of {package}, upstream and patched built from
+the same archive with the same options by {compilers}. Measured {when} ({source}).
+"""
+METHOD = """\
+Both builds alternate in one run (A B B A). Figures are medians ± the median absolute deviation. Upstream: the fastest
+of {variants}, for each cell. Patched: the default options{switch}. *tg*:
+decoding one token at a time. *ppN*: N prompt tokens in one batch. *at D*: after D tokens in the cache. {roofline}
 
 Generated models have the layer shapes of published models, random weights, and as many layers and experts as their
-name says (`--layers`, `--experts`; Kimi-Linear-48B, in names 48b: 27 and 256). The quantization mix is that of
-llama-quantize.
+name says (Kimi-Linear-48B, in names 48b, has 27 and 256). The quantization mix is that of llama-quantize.
 """
-
-DEVICE_INTRODUCTION = """\
-{made_by} Each section lists the commands that measured it, with the
-patched build and the day. If several of them measured the same cell, the last one counts.
-
-{device} ({name}, {memory:.0f} GiB; driver {driver}) in a machine with {machine}. kimi-gguf at {checkouts}; llama.cpp
-{commit} of {package}, upstream and patched ({builds}) built from the same archive with the same options for
-{backend} by {compilers}. {dirty}Measured {when}.
-
-Each build has its own process with all layers on the device. The processes alternate in one run (A B B A); the idle
-one is stopped. Figures are medians ± the median absolute deviation. Upstream: the faster of flash attention on/off, for
-each cell. Patched: the default options (`KIMI_OPS={switch}`); fallbacks to upstream's graph are listed. *tg*: decoding
-one token at a time. *ppN*: N prompt tokens in one batch, with the logits of the last; the ubatch size is 512 unless
-the cell names another (`--ubatch`). *at D*: after D tokens in the cache; both builds load the same saved state.
-{limits}
-
-Generated models have the layer shapes of published models, random weights, and as many layers and experts as their
-name says (`--layers`, `--experts`; Kimi-Linear-48B, in names 48b: 27 and 256). The quantization mix is that of
-llama-quantize.
-"""
-DEVICE_PEAKS = """\
-*% of roofline*: the least possible time divided by the time of patched. The least time is the sum over weights,
-attention and recurrence of bytes / copy rate or multiply-adds / rate of the fastest large matmul, whichever is longer,
-with the rates of upstream's ggml on this device. In parentheses: what bounds most of this time."""
-DIRTY = "`-dirty`: that commit with changes that were not committed. "
+ROOFLINE = """\
+*% of
+roofline*: the least possible time, by the {rates} rates measured around the cell, divided by patched's time; in
+parentheses, what bounds it; above 100 % if the bandwidth was lower around the cell than during it."""
 NO_DEVICE_PEAKS = "The device's peak rates were not measured."
 LIBRARIES = """\
 # Libraries in {name}
@@ -83,11 +51,6 @@ LIBRARIES = """\
 In these sections *patched* is the build in this folder (`--libraries`).
 """
 MOST_NAME = 80  # characters of a model's name in a file's name
-
-
-def group_key(cell: Data) -> tuple[Any, ...]:
-    """Equal for the cells of one table."""
-    return cell_key(cell)[:4]
 
 
 def operators_table(rows: Iterable[Data]) -> Rows:
@@ -123,12 +86,12 @@ def device_operators_tables(rows: Iterable[Data]) -> list[tuple[str, Rows]]:
 
 def matmuls_table(rows: Iterable[Data]) -> Rows:
     """Times of single matmuls."""
-    table: Rows = [("weights", "matmul", "threads", "upstream", "patched", "ratio", "% of roofline")]
+    table: Rows = [("weights", "matmul", "upstream", "patched", "ratio", "% of roofline")]
     for row in rows:
         upstream, patched = (short_time(row[build]["seconds"]) for build in ("upstream", "patched"))
         plain = ", --repack 0" if row["upstream"]["case"].endswith("rows") else ""
         table.append(
-            (row["weights"], row["shape"], str(row["threads"]), upstream + plain, patched,
+            (row["weights"], row["shape"], upstream + plain, patched,
              f"{row['ratio']:.2f}" + mark(row), of_roofline(row["floor"]))
         )  # fmt: skip
     return table
@@ -202,9 +165,14 @@ def check_place(page: Path) -> None:
 
 
 def write_page(
-    records: Sequence[Data], page: Path, title: str | None = None, others: Sequence[tuple[str, str]] = ()
+    records: Sequence[Data],
+    page: Path,
+    title: str | None = None,
+    manifest: str | None = None,
+    method: str | None = None,
 ) -> None:
-    """Write the page and its pictures. others: titles and file names of pages that it names.
+    """Write the page and its picture. manifest: name of the file that lists the commands; without, the page does.
+    method: name of the page that says how cells are measured; without, this page does.
 
     Raises `EngineError` from reading, OSError from writing.
     """
@@ -212,7 +180,7 @@ def write_page(
     last = latest(records)
     if last is None:
         raise EngineError(f"{page}: no records", todo="name records of the bench")
-    device = last.get("device")
+    device = last["device"]
     machines = sorted({machine_of(record) for record in records})
     if len(machines) > 1:
         raise EngineError(
@@ -221,9 +189,7 @@ def write_page(
             todo="write one page for each",
         )
     title = title or (f"Bench on {device['description']}" if device else "Bench")
-    parts = [f"# {title}\n", introduction(last, records)]
-    if others:
-        parts.append(f"Other pages: {', '.join(f'[{name}]({file})' for name, file in others)}.\n")
+    parts = [f"# {title}\n", introduction(last, records, manifest, method)]
     groups = by_libraries(records)
     if device and None in groups:
         parts.append("## Goals\n\n" + markdown(aims_table(groups[None])))
@@ -237,13 +203,25 @@ def write_page(
             "memory,\nso its bandwidth changes from minute to minute.\n\n"
             + markdown(report.peaks_table(machine_peaks(records)))
         )
+    pictures: dict[Path, dict[str, list[Data]]] = {}
     for libraries, several in groups.items():
-        if libraries is None:
-            parts += sections(several, page)
-        else:
+        picture = page.with_suffix(".svg")
+        if libraries is not None:
             name = one_line(libraries)
             parts.append(LIBRARIES.format(name=name))
-            parts += sections(several, page.with_stem(f"{page.stem}-{file_name(name)}"))
+            picture = picture.with_stem(f"{page.stem}-{file_name(name)}")
+        models = {one_line(title) or "unnamed": model for title, model in merged(several).items()}
+        if cells := {title: model["cells"] for title, model in models.items() if model["cells"]}:
+            pictures[picture] = cells
+            every = list(itertools.chain.from_iterable(cells.values()))
+            alt = f"Ratio of patched to upstream for each of {len(every)} cells, by model and tokens decoded at once"
+            parts.append(f"## All cells\n\n{report.verdict(every)}\n\n![{alt}]({picture.name})\n")
+        parts += sections(several, models)
+    if manifest is None:
+        commands = dict.fromkeys(map(measured_by, by_age(records)))
+        parts.append("## Commands\n\n" + "".join(f"- {command}\n" for command in commands))
+    for picture, cells in pictures.items():
+        atomically(picture, lambda part, cells=cells: draw(cells, part))  # type: ignore[misc]
     atomically(page, lambda part: part.write_text("\n".join(parts)))
 
 
@@ -253,24 +231,21 @@ def by_libraries(records: Sequence[Data]) -> dict[str | None, list[Data]]:
     return {name: [record for record in records if record["libraries"] == name] for name in names}
 
 
-def sections(records: Sequence[Data], page: Path) -> list[str]:
-    """The sections of records with the same libraries. page: pictures get its folder and the start of its name."""
+def sections(records: Sequence[Data], models: dict[str, Data]) -> list[str]:
+    """The sections of records with the same libraries. models: of these records, merged."""
     parts = []
-    models = merged(records)
-    if cells := [cell for model in models.values() for cell in model["cells"]]:
-        parts.append("## All cells\n\n" + report.verdict(cells) + "\n")
     for title, model in models.items():
         if model["cells"] or model["about"]["not_measured"]:
-            parts.append(model_part(one_line(title) or "unnamed", model, page))
+            parts.append(model_part(title, model))
     if record := latest(record for record in records if record["operators"]):
         parts.append(operators_part(record))
-    if timed := [record for record in records if record.get("device_operators")]:
+    if timed := [record for record in records if record["device_operators"]]:
         parts.append(device_operators_part(timed))
-    if matmuls := [record for record in records if record.get("products")]:
+    if matmuls := [record for record in records if record["matmuls"]]:
         parts.append(matmuls_part(matmuls))
     if record := latest(record for record in records if record["hybrid"]):
         parts.append(hybrid_part(record))
-    if record := latest(record for record in records if record.get("prompt_cache")):
+    if record := latest(record for record in records if record["prompt_cache"]):
         parts.append(prompt_cache_part(record))
     return parts
 
@@ -288,35 +263,40 @@ def machine_peaks(records: Iterable[Data]) -> list[Data]:
     return before + [cell["floor"]["limits"] for cell in cells if cell["floor"]]
 
 
-def introduction(record: Data, records: Sequence[Data]) -> str:
-    """The introduction of the page. record: the latest one."""
-    machine, engine, device = record["machine"], record["engines"]["patched"], record.get("device")
+def introduction(record: Data, records: Sequence[Data], manifest: str | None, method: str | None) -> str:
+    """The introduction of the page. record: the latest one. manifest, method: see `write_page`."""
+    machine, engine, device = record["machine"], record["engines"]["patched"], record["device"]
     days = sorted({str(each["created"])[:10] for each in records})
-    checkouts = ", ".join(dict.fromkeys(map(checkout, by_age(records))))
     memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] and not device else ""
-    facts = {
-        "machine": f"{machine['processor']}, {machine['cores']} cores{memory}, {machine['system'].split()[0]}",
-        "commit": str(engine["llama_cpp_commit"])[:7],
-        "package": engine["package"],
-        "builds": ", ".join(sorted({str(each["engines"]["patched"]["commit"]) for each in records})),
-        "made_by": MADE_BY,
-        "switch": record["switch"],
-        "checkouts": checkouts,
-        "dirty": DIRTY if "-dirty" in checkouts else "",
-        "when": days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
-    }
-    if not device:
-        return INTRODUCTION.format(**facts, compiler=version(engine["compilers"]["C++"]))
-    compilers = [version(found) for _, found in sorted(engine["compilers"].items())]
-    return DEVICE_INTRODUCTION.format(
-        **facts,
-        device=device["description"],
-        name=device["name"],
-        memory=device["memory"] / 2**30,
-        driver=device["driver"] or "unknown",
-        backend=device["backend"],
-        compilers=", ".join(dict.fromkeys(compilers)),
-        limits=DEVICE_PEAKS if any(each["limits"] for each in records) else NO_DEVICE_PEAKS,
+    where = f"{machine['processor']}, {machine['cores']} cores{memory}, {machine['system'].split()[0]}"
+    compilers = sorted(engine["compilers"].items()) if device else [("C++", engine["compilers"]["C++"])]
+    variants, roofline = (
+        "`--repack 0/1` and flash attention on/off",
+        ROOFLINE.format(rates="memory and compute"),
+    )
+    if device:
+        where = (
+            f"{device['description']} ({device['name']}, {device['memory'] / 2**30:.0f} GiB, driver "
+            f"{device['driver'] or 'unknown'}, {device['backend']}) in a machine with {where}"
+        )
+        variants, roofline = "flash attention on/off", ROOFLINE.format(rates="copy and matmul")
+        if not any(each["limits"] for each in records):
+            roofline = NO_DEVICE_PEAKS
+    text = INTRODUCTION.format(
+        made_by=MADE_BY,
+        machine=where,
+        commit=str(engine["llama_cpp_commit"])[:7],
+        package=engine["package"],
+        compilers=", ".join(dict.fromkeys(version(compiler) for _, compiler in compilers)),
+        when=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
+        source=f"commands: [{manifest}]({manifest})" if manifest else "commands: at the end",
+    )
+    if method is not None:
+        return f"{text}\n[How cells are measured]({method}).\n"
+    return f"{text}\n" + METHOD.format(
+        variants=variants,
+        switch=f" with `KIMI_OPS={record['switch']}`" if record["switch"] else "",
+        roofline=roofline,
     )
 
 
@@ -325,15 +305,10 @@ def version(compiler: object) -> str:
     return str(compiler).rpartition(": ")[2]
 
 
-def checkout(record: Data) -> str:
-    """The commit of kimi-gguf that made a record."""
-    return str(record.get("checkout") or "an unrecorded commit")
-
-
 def operators_part(record: Data) -> str:
     """Single operators on the CPU."""
     return (
-        f"## Single operators\n\n{measured_by(record)}, {record['operators'][0]['threads']} threads; 32 heads, "
+        f"## Single operators\n\n{record['operators'][0]['threads']} threads; 32 heads, "
         "sizes of the 48B; time per layer and call, over more layers than the caches hold. "
         "Each row is a run of its own, in which both builds alternate. The machine's bandwidth changes between rows "
         "(see above), and with it the time of the same operator.\n\n"
@@ -344,9 +319,8 @@ def operators_part(record: Data) -> str:
 def device_operators_part(records: Sequence[Data]) -> str:
     """Single operators, timed by test-backend-ops; of each operator, the latest rows."""
     rows = operator_rows(records)
-    commands = "\n".join(f"- {each}" for each in dict.fromkeys(map(measured_by, by_age(records))))
     parts = [
-        f"## Single operators\n\n{commands}\n\nllama.cpp's `test-backend-ops perf` of both builds, time per call. "
+        "## Single operators\n\nllama.cpp's `test-backend-ops perf` of both builds, time per call. "
         "Upstream lacks the operators that are not available there. `GATED_DELTA_NET` is its recurrence "
         "only, without convolutions, gates and norms, with 32 heads of 128.\n"
     ]
@@ -355,47 +329,37 @@ def device_operators_part(records: Sequence[Data]) -> str:
     return "\n".join(parts)
 
 
-def model_part(name: str, model: Data, page: Path) -> str:
-    """The cells of a model in groups, with pictures, and its memory."""
-    parts = [f"## {name}\n\n" + "\n".join(f"- {each}" for each in model["commands"]) + "\n"]
+def model_part(name: str, model: Data) -> str:
+    """The cells of a model, and its memory."""
+    parts = [f"## {name}\n"]
     for fallback in model["fallbacks"]:
         parts.append(f"Falls back: {fallback}\n")
-    for (cache_type, sequences, threads, ubatch), group in itertools.groupby(model["cells"], key=group_key):
-        cells = list(group)
-        device = cells[0].get("device")
-        where = f"on {device}" if device else f"{threads} threads"
-        title = f"{name}, {cache_type} cache, {sequences} sequence{'s' if sequences > 1 else ''}, {where}"
-        options = f"{sequences}x{threads}" + ("" if ubatch == UBATCH else f"-{ubatch}")
-        picture = page.with_name(f"{page.stem}-{file_name(name)}-{cache_type}-{options}.svg")
-        parts.append(markdown(report.cells_table(cells)) + "\n" + report.verdict(cells) + "\n")
-        if len(cells) > 3:
-            atomically(picture, lambda part, t=title, c=cells: draw(t, c, part))  # type: ignore[misc]
-            parts.append(f"![{title}]({picture.name})\n")
+    parts.append(markdown(report.cells_table(model["cells"])))
     if lines := report.not_measured_lines(model):
         parts.append("\n".join(f"- {line}" for line in lines) + "\n")
     parts.append(
-        "Memory in MiB, and the time of loading. Copies that an earlier build made may have displaced part of the\n"
-        "file from the page cache:\n\n" + markdown(report.memory_table(model["model"]))
+        "Memory in MiB with flash attention, and the time of loading:\n\n"
+        + markdown([row for row in report.memory_table(model["model"]) if " -fa 0" not in row[0]])
     )
     about = model["model"]["about"]
-    if about.get("resident"):
-        rates = "before the first turn and after each" if about.get("peaks") else "after all turns"
+    if about["resident"]:
         parts.append(
-            f"Each process ran alone, in turns A B C C B A; peak rates were measured {rates}. The memory of each: "
-            "private (copies of weights, caches, buffers), pages of mapped files, and the peak of both:\n\n"
-            + markdown(report.turns_table(model["model"]))
+            "Each process ran alone, in turns A B C C B A; peak rates were measured before the first and after each. "
+            "The memory of each: private (copies of weights, caches, buffers), pages of mapped files, and the peak of "
+            "both:\n\n" + markdown(report.turns_table(model["model"]))
         )
     return "\n".join(parts)
 
 
 def matmuls_part(records: Sequence[Data]) -> str:
     """Single matmuls."""
-    rows = [row for record in records for row in record["products"]]
-    commands = "\n".join(f"- {measured_by(record)}" for record in records)
+    rows = [row for record in records for row in record["matmuls"]]
+    threads = dict.fromkeys(str(row["threads"]) for row in rows)
     return (
-        f"## Single matmuls\n\n{commands}\n\nRows of {K} weights, read from memory. Upstream: the faster of "
-        "`--repack 0/1`. Patched: repacked only where it does so by default. *% of roofline*: the longer of two ideal "
-        "times, divided by patched's time: compute (multiply-adds / peak rate of the type: int8, bf16, or float32 for "
+        f"## Single matmuls\n\n{', '.join(threads)} threads. Rows of {K} weights, read from memory. Upstream: the "
+        "faster of `--repack 0/1`. Patched: repacked only where it does so by default. *% of roofline*: the longer of "
+        "two ideal times, divided by patched's time: compute (multiply-adds / peak rate of the type: int8, bf16, or "
+        "float32 for "
         "F16) and memory (bytes of weights / bandwidth). Above 100 %: the bandwidth measured around the row was lower "
         "than during it. "
         "With 512 tokens and 8 of 32 experts each matrix has 128 columns.\n\n" + markdown(matmuls_table(rows))
@@ -405,7 +369,7 @@ def matmuls_part(records: Sequence[Data]) -> str:
 def prompt_cache_part(record: Data) -> str:
     """Prompt tokens that the server evaluates again."""
     return (
-        f"## Prompt cache\n\n{measured_by(record)}: prompt tokens that llama-server evaluated, of all tokens of the "
+        "## Prompt cache\n\nPrompt tokens that llama-server evaluated, of all tokens of the "
         "prompt, for the demo as F32 with the chat template of Kimi K2 and random words. *At most*: the goal.\n\n"
         + markdown(prompt_cache_table(record["prompt_cache"]))
     )
@@ -414,9 +378,9 @@ def prompt_cache_part(record: Data) -> str:
 def hybrid_part(record: Data) -> str:
     """The hybrid against the all-MLA model."""
     hybrid = record["hybrid"]
-    missing = hybrid.get("not_measured", {})
+    missing = hybrid["not_measured"]
     return (
-        f"## Hybrid against all MLA\n\n{measured_by(record)}: {' against '.join(hybrid['models'])}, patched, "
+        f"## Hybrid against all MLA\n\n{' against '.join(hybrid['models'])}, patched, "
         f"{hybrid['cache_type']} cache, {hybrid['threads']} threads. Caches repeat the rows of "
         f"{hybrid['seed']} real tokens. Recurrent states count as cache. One layer in four has attention, so one "
         "sequence decodes at most four times as fast. The 6 × of the model's report (arXiv 2510.26692) requires larger "

@@ -1,51 +1,63 @@
-"""Draws the cells of a model: the speedup over upstream, and tokens/s next to the roofline.
+"""Draws the cells of a page: how many times as fast as upstream each is.
 
-Input: cells of one model. Output: an SVG; equal cells give an equal file.
+Input: cells by model. Output: an SVG with text as text; equal cells give an equal file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 COLOURS = ("#1f6fb2", "#e08a2c", "#3a8f4d", "#a33c7d", "#6b6b6b", "#b5432f")
+MOST_NAME = 60  # characters
+# Panels: title, least number of tokens decoded at once, and the number from which on a cell is in the next one.
+PANELS = (
+    ("one token at a time", 1, 2),
+    ("2 to 256 tokens at once", 2, 257),
+    ("more than 256", 257, float("inf")),
+)
 
 
-def draw(title: str, cells: Sequence[dict[str, Any]], file: Path) -> None:
-    """Write the SVG. cells: of one model, cache type, number of sequences and of threads; any batches and depths."""
+def draw(models: Mapping[str, Sequence[dict[str, Any]]], file: Path) -> None:
+    """Write the SVG: a row for each model, a dot for each cell, coloured by depth."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "kimi-gguf"
-    figure, (ratios, rates) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    depths = sorted({cell["depth"] for cell in cells})
-    for depth, colour in zip(depths, COLOURS, strict=False):
-        row = sorted((cell for cell in cells if cell["depth"] == depth), key=lambda cell: cell["batch"])
-        batches = [cell["batch"] for cell in row]
-        speedups = [cell["ratio"] for cell in row]
-        ratios.plot(batches, speedups, "o-", color=colour, markersize=4, label=f"depth {depth}")
-        for build, style, size in (("patched", "o-", 4), ("upstream", "o:", 3)):
-            speeds = [cell[build]["tokens_per_second"] for cell in row]
-            rates.plot(batches, speeds, style, color=colour, markersize=size)
-        known = [cell for cell in row if cell["floor"]]
-        roofline = [cell["tokens"] / cell["floor"]["seconds"] for cell in known]
-        batches = [cell["batch"] for cell in known]
-        rates.plot(batches, roofline, "--", color=colour, linewidth=0.8, alpha=0.6)
-    ratios.axhline(1.0, color="black", linewidth=0.8)
-    for axes in (ratios, rates):
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("tokens decoded at once")
-        axes.xaxis.set_major_formatter("{x:.0f}")
+    plt.rcParams |= {"svg.hashsalt": "kimi-gguf", "svg.fonttype": "none"}
+    cells = [(_shown(name), cell) for name, several in models.items() for cell in several]
+    depths = sorted({cell["depth"] for _, cell in cells})
+    panels = [
+        (title, [(name, cell) for name, cell in cells if least <= cell["tokens"] < end])
+        for title, least, end in PANELS
+    ]
+    panels = [(title, inside) for title, inside in panels if inside]
+    size = (10, 1.2 + 0.26 * len(models))
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (title, inside) in zip(grid[0], panels, strict=True):
+        axes.scatter(
+            [1.0] * len(models), [_shown(name) for name in models], s=0
+        )  # a row for each model, in the order of the page
+        for depth, colour in zip(depths, COLOURS * len(depths), strict=False):
+            points = [(cell["ratio"], name) for name, cell in inside if cell["depth"] == depth]
+            ratios, names = [ratio for ratio, _ in points], [name for _, name in points]
+            axes.scatter(ratios, names, s=12, color=colour, alpha=0.7, label=f"depth {depth}")
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlim(left=0)
+        axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-    rates.set_yscale("log")
-    rates.yaxis.set_major_formatter("{x:g}")
-    rates.yaxis.set_minor_formatter("{x:g}")
-    ratios.set_ylabel("speedup over the best upstream variant")
-    rates.set_ylabel("tokens/s; upstream dotted, roofline dashed")
-    ratios.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    grid[0][0].invert_yaxis()
+    figure.supxlabel("times as fast as the best variant of upstream", fontsize=9)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(file, format="svg", metadata={"Date": None})
     plt.close(figure)
+
+
+def _shown(name: str) -> str:
+    """A model's name without what matplotlib takes for mathematics or cannot write; long ones are cut."""
+    return name[:MOST_NAME].encode("utf-8", "replace").decode().replace("$", r"\$")

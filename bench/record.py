@@ -2,13 +2,11 @@
 
 Input: facts, results. Output: a file that is always a complete record.
 
-A record: schema, command, created (UTC), machine, device (null: the CPU), checkout (this project's commit), engines,
-switch (KIMI_OPS of patched), libraries (used instead of patched's, or null), limits (peak rates, by threads or of the
-device), models [{name, architecture, bytes, about, cells}], operators, device_operators, products, hybrid,
-prompt_cache, equal_requests, speculative. A cell has its options, samples in seconds of one decode, medians and
-spreads, and its floor: the least time on the roofline. Records call matmuls "products". Older ones lack device,
-checkout, device_operators, products, prompt_cache, equal_requests, speculative. Schemas 1 (a record) and 2 (a machine's
-file) differ from 3 and 4 only in the name of upstream, which was "pristine"; they are read, too.
+A file: schema, machine, engines (facts of each build), records. A record: command, created (UTC), device (null: the
+CPU), checkout (this project's commit), engines, switch (KIMI_OPS of patched), libraries (used instead of patched's, or
+null), limits (peak rates, by threads or of the device), models [{name, architecture, bytes, about, cells}], operators,
+device_operators, matmuls, hybrid, prompt_cache, equal_requests, speculative. A cell has its options, samples in seconds
+of one decode, medians and spreads, and its floor: the least time on the roofline.
 """
 
 from __future__ import annotations
@@ -32,15 +30,9 @@ from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.errors import EngineError, reason
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 
-SCHEMA = 3
+SCHEMA = 1
 _PARTS = {"command": str, "created": str, "machine": dict, "engines": dict, "limits": list, "models": list}
 _AGAIN = "measure again"
-_DAMAGED = IndexError, TypeError, AttributeError  # where a record has something else than expected
-MACHINE_SCHEMA = 4  # of a machine's file: {schema, machine, engines: [...], records: [...]}
-_RATES_RIGHT = "2026-11-27"  # from this day on, int8 rates are right
-_MOST_INT8 = 4.4  # times the float32 rate: a vector has four times as many bytes as floats
-_OLD_NAME = "pristine"  # of upstream, in the schemas of earlier versions
-_NEWER = {1: SCHEMA, 2: MACHINE_SCHEMA}  # schemas of earlier versions, and what they become
 
 
 class Part(dict[str, Any]):
@@ -59,7 +51,6 @@ def new_record(
 ) -> Data:
     """An empty record of a run on this machine, or on its device. builds: "patched" and "upstream"."""
     return {
-        "schema": SCHEMA,
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_facts(),
@@ -72,7 +63,7 @@ def new_record(
         "models": [],
         "operators": [],
         "device_operators": [],
-        "products": [],
+        "matmuls": [],
         "hybrid": None,
         "prompt_cache": [],
         "equal_requests": [],
@@ -123,31 +114,32 @@ def floor_data(result: Result, needs: Demand, peaks: Peaks) -> Data:
     """The least time of a cell, and its share of each build's time."""
     floor, bound = needs.floor(peaks)
     return {
-        "seconds": floor, "bound": bound, "bytes": needs.nbytes, "products": needs.macs,
+        "seconds": floor, "bound": bound, "bytes": needs.nbytes, "macs": needs.macs,
         "share": floor / result.patched.median, "upstream_share": floor / result.upstream.median,
         "limits": vars(peaks),
     }  # fmt: skip
 
 
-def save(record: Data, file: Path) -> None:
-    """Write the record atomically."""
-    text = json.dumps(record, indent=1)
-    atomically(file, lambda part: part.write_text(text + "\n"))
-
-
-def load_all(file: Path) -> list[Data]:
-    """The records of a machine's file, or the one of --json. Raises `EngineError`."""
-    data = load(file, (SCHEMA, MACHINE_SCHEMA))
-    if data["schema"] == SCHEMA:
-        return [complete(data, file)]
+def load(file: Path) -> list[Data]:
+    """The records of a file. Raises `EngineError` for a file that is damaged or has other contents."""
+    other = f"{file}: not a record of the bench"
     try:
-        engines, machine = data["engines"], data["machine"]
-        for each in data["records"]:
-            of_record = Part({name: engines[i] for name, i in each["engines"].items()}, file)
-            each |= {"schema": SCHEMA, "machine": machine, "engines": of_record}
-    except _DAMAGED as error:
-        raise _damaged(file, error) from None
-    return [complete(each, file) for each in data["records"]]
+        data = json.loads(file.read_text(), object_hook=partial(Part, file=file))
+        schema = data.get("schema") if isinstance(data, dict) else type(data).__name__
+    except (OSError, ValueError, RecursionError) as error:
+        raise EngineError(other, found=reason(error), todo="name a file of --json") from None
+    if schema != SCHEMA or isinstance(schema, bool):
+        raise EngineError(
+            other, expected=f"schema {SCHEMA}", found=repr(schema), todo="measure again with --json"
+        )
+    try:
+        engines, machine, records = data["engines"], data["machine"], data["records"]
+        for record in records:
+            of_record = Part({name: engines[i] for name, i in record["engines"].items()}, file)
+            record |= {"machine": machine, "engines": of_record}
+    except (IndexError, TypeError, AttributeError) as error:
+        raise EngineError(f"{file}: damaged", found=f"{type(error).__name__}: {error}", todo=_AGAIN) from None
+    return [complete(record, file) for record in records]
 
 
 def complete(record: Data, file: Path) -> Data:
@@ -158,38 +150,11 @@ def complete(record: Data, file: Path) -> Data:
             raise EngineError(
                 f"{file}: damaged", expected=expected, found=f"{record.get(key)!r:.40}", todo=_AGAIN
             )
-    try:
-        _leave_out_wrong_rates(record)
-    except _DAMAGED as error:
-        raise _damaged(file, error) from None
     return record
 
 
-def _damaged(file: Path, error: Exception) -> EngineError:
-    return EngineError(f"{file}: damaged", found=f"{type(error).__name__}: {error}", todo=_AGAIN)
-
-
-def _leave_out_wrong_rates(record: Data) -> None:
-    """Leave out int8 rates if one of them is too high, and the least times that they bound.
-
-    Until 2026-11-26 peaks.cpp, compiled for AVX2, computed one product for all sums: it measured additions. Later, and
-    on devices, a high ratio is a float32 rate that was measured too low.
-    """
-    if record.get("device") or record["created"] >= _RATES_RIGHT:
-        return
-    cells = [cell for model in record["models"] for cell in model["cells"]]
-    all_rates = [*record["limits"], *(cell["floor"]["limits"] for cell in cells if cell["floor"])]
-    if all((rates["int8"] or 0) <= _MOST_INT8 * rates["f32"] for rates in all_rates):
-        return
-    for rates in all_rates:
-        rates["int8"] = None
-    for each in [*cells, *record.get("products", [])]:
-        if each["floor"] and each["floor"]["bound"] == "products":
-            each["floor"] = None
-
-
-def save_all(records: Sequence[Data], file: Path) -> None:
-    """Write a machine's file: the facts of the machine and of each build once, then one record per line."""
+def save(records: Sequence[Data], file: Path) -> None:
+    """Write the records of a machine atomically: facts of the machine and the builds once, then a record per line."""
     engines: list[Data] = []
     lines = []
     for record in sorted(records, key=lambda record: str(record["created"])):
@@ -200,7 +165,7 @@ def save_all(records: Sequence[Data], file: Path) -> None:
             numbers[name] = engines.index(engine)
         short = {name: value for name, value in record.items() if name != "machine"} | {"engines": numbers}
         lines.append(json.dumps(short, separators=(",", ":")))
-    head = {"schema": MACHINE_SCHEMA, "machine": records[0]["machine"], "engines": engines}
+    head = {"schema": SCHEMA, "machine": records[0]["machine"], "engines": engines}
     text = json.dumps(head, separators=(",", ":"))[:-1] + ',"records":[\n' + ",\n".join(lines) + "\n]}\n"
     atomically(file, lambda part: part.write_text(text))
 
@@ -208,10 +173,10 @@ def save_all(records: Sequence[Data], file: Path) -> None:
 def add(record: Data, file: Path) -> None:
     """Add a record to a machine's file, creating it if needed; it replaces one of the same command, libraries and
     models. Raises `EngineError`."""
-    there = load_all(file) if file.exists() else []
-    for each in there[:1]:
-        check_machine(each, record, file)
-    save_all([*(each for each in there if _measured(each) != _measured(record)), record], file)
+    there = load(file) if file.exists() else []
+    for other in there[:1]:
+        check_machine(other, record, file)
+    save([*(other for other in there if _measured(other) != _measured(record)), record], file)
 
 
 def _measured(record: Data) -> tuple[Any, ...]:
@@ -221,7 +186,7 @@ def _measured(record: Data) -> tuple[Any, ...]:
 
 def machine_of(record: Data) -> str:
     """The machine and the device of a record, for messages; equal for two records of the same."""
-    machine, device = record["machine"], record.get("device") or {}
+    machine, device = record["machine"], record["device"] or {}
     return f"{machine['processor']}, {machine['cores']} cores, {device.get('description', 'CPU')}"
 
 
@@ -234,22 +199,3 @@ def check_machine(there: Data, record: Data, file: Path) -> None:
             found=machine_of(record),
             todo="choose another file for this machine: --record FILE",
         )
-
-
-def load(file: Path, schemas: Sequence[int] = (SCHEMA,)) -> Data:
-    """Read a record. Raises `EngineError` for a file that is not one."""
-    what = f"{file}: not a record of the bench"
-    part = partial(Part, file=file)
-    try:
-        text = file.read_text()
-        record: Data = json.loads(text, object_hook=part)
-        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
-    except (OSError, ValueError, RecursionError) as error:
-        raise EngineError(what, found=reason(error), todo="name a file of --json") from None
-    if isinstance(found, int) and found in _NEWER:
-        record = json.loads(text.replace(_OLD_NAME, "upstream"), object_hook=part)
-        found = record["schema"] = _NEWER[found]
-    if found not in schemas:
-        expected = f"schema {' or '.join(map(str, schemas))}"
-        raise EngineError(what, expected=expected, found=repr(found), todo="measure again with --json")
-    return record

@@ -16,9 +16,8 @@ from kimi_gguf.bench.load import DISTURBED
 Data = dict[str, Any]
 Rows = list[tuple[str, ...]]
 
-CELLS = ("cell", "upstream, tokens/s", "patched, tokens/s", "ratio", "% of roofline", "upstream variant")
+CELLS = ("cell", "upstream, tokens/s", "patched, tokens/s", "ratio", "% of roofline", "upstream as")
 MEGABYTE = 1e6
-BOUNDS = {"memory": "memory", "products": "compute"}  # as records have them -> as tables do
 
 
 def describe(cell: Data) -> str:
@@ -26,8 +25,8 @@ def describe(cell: Data) -> str:
     kind = "tg" if cell["batch"] == 1 else f"pp{cell['batch']}"
     several = f" × {cell['sequences']} sequences" if cell["sequences"] > 1 else ""
     threads = f", {cell['threads']} thread{'s' if cell['threads'] > 1 else ''}"
-    where = "" if cell.get("device") else threads
-    ubatch = cell.get("ubatch", UBATCH)
+    where = "" if cell["device"] else threads
+    ubatch = cell["ubatch"]
     parts = "" if ubatch == UBATCH else f", ubatch {ubatch}"
     cache = "" if cell["cache_type"] == "f16" else f", {cell['cache_type']} cache"
     return f"{kind}{several} at {cell['depth']}{where}{parts}{cache}"
@@ -41,7 +40,8 @@ def cell_row(cell: Data) -> tuple[str, ...]:
     ]
     share = of_roofline(cell["floor"])
     ratio = f"{cell['ratio']:.2f}" + mark(cell)
-    return (describe(cell), *speeds, ratio, share, cell["upstream"]["way"])
+    way = cell["upstream"]["way"].removeprefix("upstream").strip()
+    return (describe(cell), *speeds, ratio, share, way)
 
 
 def speed_text(tokens_per_second: float) -> str:
@@ -51,7 +51,7 @@ def speed_text(tokens_per_second: float) -> str:
 
 def of_roofline(floor: Data | None) -> str:
     """Such as "91 % (memory)"."""
-    return "unknown" if floor is None else f"{100 * floor['share']:.0f} % ({BOUNDS[floor['bound']]})"
+    return "unknown" if floor is None else f"{100 * floor['share']:.0f} % ({floor['bound']})"
 
 
 def mark(measured: Data) -> str:
@@ -62,8 +62,8 @@ def mark(measured: Data) -> str:
 def not_measured_lines(model: Data) -> list[str]:
     """The cells that were not measured and the variants that were not run, each with the reason."""
     about = model["about"]
-    lines = [f"Not measured: {describe(cell)}: {cell['reason']}." for cell in about.get("not_measured", ())]
-    return lines + [f"Not run: {name}: {reason}." for name, reason in about.get("left_out", {}).items()]
+    lines = [f"Not measured: {describe(cell)}: {cell['reason']}." for cell in about["not_measured"]]
+    return lines + [f"Not run: {name}: {reason}." for name, reason in about["left_out"].items()]
 
 
 def cells_table(cells: Iterable[Data]) -> Rows:

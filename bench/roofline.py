@@ -91,7 +91,7 @@ class Demand:
         return sum(self.weight_macs.values()) + attention + self.recurrence_macs
 
     def floor(self, peaks: Peaks) -> tuple[float, str]:
-        """The least time in seconds, and what bounds most of it: "memory" or "products" (compute).
+        """The least time in seconds, and what bounds most of it: "memory" or "compute".
 
         Weights, attention and recurrence are computed one after the other. Each takes at least the time of its
         bytes or of its multiply-adds, whichever is longer.
@@ -105,7 +105,7 @@ class Demand:
         ]
         least = sum(max(part) for part in parts)
         memory = sum(reading for reading, computing in parts if reading >= computing)
-        return least, "memory" if memory >= least / 2 else "products"
+        return least, "memory" if memory >= least / 2 else "compute"
 
 
 def mean_of(found: Sequence[Peaks]) -> Peaks:

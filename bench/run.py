@@ -37,7 +37,7 @@ from kimi_gguf.bench.matmuls import measure_matmuls
 from kimi_gguf.bench.models import ModelFile, check_room, convert_demo, generate, open_model
 from kimi_gguf.bench.operators import libraries_of, measure_operators
 from kimi_gguf.bench.prompt_cache import Starter, chat_template, measure_prompt_cache
-from kimi_gguf.bench.record import add, cell_data, load, load_all, model_data, new_record, save
+from kimi_gguf.bench.record import add, cell_data, load, model_data, new_record, save
 from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Peaks, demand, mean_of, measure_device_peaks, measure_peaks
 from kimi_gguf.bench.runner import MATMUL_SWITCHES, environment_of
@@ -66,6 +66,9 @@ FREE_SHARE = 0.95  # of a device's free memory that is used
 
 def run(parsed: argparse.Namespace, words: list[str]) -> int:
     """Measure, or draw a page. words: the command line, for the record. Returns the exit status."""
+    if "--products" in words:
+        print("kimi-llama bench: --products is now --matmuls", file=sys.stderr)
+        words = ["--matmuls" if word == "--products" else word for word in words]
     try:
         if not parsed.records:
             parsed.build = parsed.backend
@@ -75,8 +78,9 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
             return run_alone(parsed, words)
         if parsed.draw is not None:
             manifest = read_manifest(parsed.draw)
-            others = [(each.title, each.page.name) for each in manifests_beside(parsed.draw)]
-            page.write_page(manifest.selected(), manifest.page, manifest.title, others)
+            page.write_page(
+                manifest.selected(), manifest.page, manifest.title, parsed.draw.name, manifest.method
+            )
             return 0
         if parsed.workers:
             workers = addresses(parsed.workers)
@@ -86,7 +90,7 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
                 for make in makers(parsed, engine, reporter):
                     measure_workers(parsed, workers, engine, open_model(make()))
             return 0
-        records = [each for file in parsed.records or () for each in load_all(file)]
+        records = [each for file in parsed.records or () for each in load(file)]
         records = records or [Run(parsed, words).all()]
         if parsed.record is not None and not parsed.records:
             add(records[0], parsed.record)
@@ -146,8 +150,11 @@ def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
         each.page.resolve() == parsed.page.resolve() for each in manifests_beside(parsed.page)
     ):
         raise EngineError(f"{parsed.page}: this page has a manifest", todo="write it with --draw")
-    if parsed.json is not None and parsed.json.exists():
-        load(parsed.json)  # only the record of an earlier run is replaced
+    if parsed.json is not None and parsed.json.exists() and len(load(parsed.json)) != 1:
+        raise EngineError(
+            f"{parsed.json}: not the record of one run: --json would replace all of them",
+            todo="add to it with --record, or name another file",
+        )
     for file in (parsed.json, parsed.page, parsed.record):
         if file is not None and not file.parent.is_dir():
             raise EngineError(f"{file}: its folder does not exist", todo=f"make it: mkdir -p {file.parent}")
@@ -158,7 +165,7 @@ def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
             todo="give the folder of a build's shared libraries",
         )
     of_cpu = (
-        parsed.hybrid, parsed.products, parsed.prompt_cache, parsed.equal_requests, parsed.speculative,
+        parsed.hybrid, parsed.matmuls, parsed.prompt_cache, parsed.equal_requests, parsed.speculative,
         parsed.speculative_demo, parsed.operators and parsed.libraries,
     )  # fmt: skip
     if parsed.operators and parsed.operators != TIMED and not on_device(parsed):
@@ -167,13 +174,13 @@ def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
         )
     if on_device(parsed) and any(of_cpu):
         raise UsageError(
-            "--hybrid, --products, --prompt-cache, --equal-requests, --speculative and --operators --libraries are "
+            "--hybrid, --matmuls, --prompt-cache, --equal-requests, --speculative and --operators --libraries are "
             "measured on the CPU only",
             todo="leave out --backend and --device",
         )
-    if parsed.products and any(each is not None for each in (parsed.type, parsed.batch, parsed.depth)):
+    if parsed.matmuls and any(each is not None for each in (parsed.type, parsed.batch, parsed.depth)):
         raise UsageError(
-            "--products measures fixed types and shapes", todo="leave out --type, --batch and --depth"
+            "--matmuls measures fixed types and shapes", todo="leave out --type, --batch and --depth"
         )
     if parsed.model is not None:
         open_model(parsed.model)  # before builds are made
@@ -277,7 +284,7 @@ class Run:
                 self.device_operators(self.device, reporter)
             elif self.parsed.operators:
                 self.operators(reporter)
-            elif self.parsed.products:
+            elif self.parsed.matmuls:
                 self.matmuls(reporter)
             elif self.parsed.hybrid:
                 self.hybrid(reporter)
@@ -295,7 +302,7 @@ class Run:
     def keep(self) -> None:
         """Write the record so far."""
         if self.parsed.json is not None:
-            save(self.record, self.parsed.json)
+            save([self.record], self.parsed.json)
 
     def models(self, reporter: Reporter) -> None:
         """Cells of each model."""
@@ -423,10 +430,10 @@ class Run:
         libraries = libraries_of(self.patched, self.upstream, self.parsed.libraries)
         for threads in self.threads:
             for row in measure_matmuls(libraries, threads, reporter):
-                self.record["products"].append(row)
+                self.record["matmuls"].append(row)
                 reporter.note("  ".join(page.matmuls_table([row])[1]))
                 self.keep()
-        report.show("Single matmuls", page.matmuls_table(self.record["products"]))
+        report.show("Single matmuls", page.matmuls_table(self.record["matmuls"]))
 
     def hybrid(self, reporter: Reporter) -> None:
         """Compare the hybrid with the all-MLA model."""

@@ -87,7 +87,7 @@ def test_only_a_validation_needs_the_packages_of_its_extra() -> None:
                 print("status", ended.code)
         print("status", main(["show", sys.argv[1]]))
     """
-    ended = run(code, str(ROOT / "tests/golden/report-schema-2.json"))
+    ended = run(code, str(ROOT / "tests/golden/report.json"))
     assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
     statuses = [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("status ")]
     assert statuses == ["0", "0", "0", "0", "2", "2", "0"]
@@ -146,7 +146,7 @@ def unread() -> Iterator[int]:
     [
         "convert-kimi inspect tests/golden/kimi-linear-0.1.0.gguf",
         "kimi-llama doctor",
-        "validate-kimi show tests/golden/report-schema-2.json",
+        "validate-kimi show tests/golden/report.json",
         "convert-kimi --help",
         "kimi-llama run --help",
         "validate-kimi --version",

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # they import torch
 
 FILES = (*PAGES, REPORT)  # in the order in which they get their names
 SCRATCH = ".report."  # in front of the name of the folder in which they are written
-SCHEMA = "kimi-gguf/validation-report/2"
+SCHEMA = "kimi-gguf/validation-report/1"
 PRECISIONS = ("float32", "float64")  # of the reference, as torch names them; the first is the default
 UPSTREAM = "upstream llama.cpp"  # the title of this rival
 FACTS = ("gguf", "checkpoint", "ids", "engine", "machine", "reference")  # fields of Report

@@ -1,9 +1,7 @@
-"""Reads report.json, of this and of every earlier schema.
+"""Reads report.json.
 
 Input: the path of a report.json. Output: `Stored`: what is shown of several files together. Raises ValidateError for
 a file that is not a report. Its strings may have any content; whoever shows them must quote them.
-
-Schemas, which docs/release.md promises to read: 1 (`tensors.unproved`, no `unchecked`), 2.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.metrics import Curves, LayerError, Summary
 from kimi_gguf.validate.report import SCHEMA, UPSTREAM
 
-SCHEMAS = ("kimi-gguf/validation-report/1", SCHEMA)
 SHORT = 12  # characters of a hash that tell sources apart
 T = TypeVar("T")
 
@@ -88,12 +85,10 @@ def read_report(path: Path) -> Stored:
     except (OSError, ValueError, RecursionError) as error:
         raise ValidateError(f"{path}: not a report", found=f"{error!s:.200}", todo=todo) from None
     schema = data.get("schema") if isinstance(data, dict) else None
-    if schema not in SCHEMAS:
+    if schema != SCHEMA:
         newer = isinstance(schema, str) and schema.startswith(SCHEMA.rpartition("/")[0])
         todo = "read it with the kimi-gguf that wrote it, or a later one" if newer else todo
-        raise ValidateError(
-            f"{path}: schema", expected=" or ".join(SCHEMAS), found=f"{schema!r:.60}", todo=todo
-        )
+        raise ValidateError(f"{path}: schema", expected=SCHEMA, found=f"{schema!r:.60}", todo=todo)
     try:
         return _stored(path, data)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -126,13 +121,13 @@ def _stored(path: Path, data: Mapping[str, Any]) -> Stored:
         upstream=any(rival["title"] == UPSTREAM and rival["runs"] for rival in data["rivals"]),
         floor=_summary(data["noise_floor"]),
         runs=runs,
-        unchecked=[_as(str, each) for each in data.get("unchecked", [])],
+        unchecked=[_as(str, each) for each in data["unchecked"]],
     )
 
 
 def _engine(data: Mapping[str, Any]) -> str:
     """Such as "kimi-gguf 0.2.0, llama.cpp 0c1e570 (patched, source tree 0123456789ab)"."""
-    engine, version = data["engine"], _as(str, data.get("version", "of unknown version"))
+    engine, version = data["engine"], _as(str, data["version"])
     tree = engine.get("tree_sha256")
     source = f", source tree {_as(str, tree)[:SHORT]}" if tree is not None else ""
     return f"kimi-gguf {version}, llama.cpp {_as(str, engine['commit'])} ({_as(str, engine['kind'])}{source})"

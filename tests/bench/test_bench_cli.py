@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import select
@@ -12,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from bench_case import TINY, bench, command, record
@@ -20,8 +18,9 @@ from selection import some_of
 
 from kimi_gguf.bench.merging import merged
 from kimi_gguf.bench.page import MADE_BY, write_page
-from kimi_gguf.bench.record import load
-from kimi_gguf.bench.report import markdown
+from kimi_gguf.bench.plot import MOST_NAME
+from kimi_gguf.bench.record import load, save
+from kimi_gguf.bench.report import markdown, one_line
 from kimi_gguf.bench.server import running
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.errors import EngineError
@@ -36,7 +35,7 @@ def test_a_tiny_grid_from_end_to_end(cache: Path, tmp_path: Path, engine: Engine
     record, page = tmp_path / "record.json", tmp_path / "page.md"
     sizes = ("--batch", "1,8", "--depth", "0,64", "--cache-type", "f16,q8_0")
     ended = bench(*TINY, *sizes, "--json", str(record), "--page", str(page))
-    data = load(record)
+    (data,) = load(record)
     (model,) = data["models"]
     cells = model["cells"]
     assert {(cell["cache_type"], cell["depth"], cell["batch"]) for cell in cells} == {
@@ -60,7 +59,7 @@ def test_a_tiny_grid_from_end_to_end(cache: Path, tmp_path: Path, engine: Engine
     assert "| tg at 64, 1 thread, q8_0 cache" in text
     assert "--batch 1,8 --depth 0,64" in text
     assert str(tmp_path) not in text and str(tmp_path) not in record.read_text()
-    assert (tmp_path / "page-kimi-linear-tiny-4L-8E-Q4_0-f16-1x1.svg").is_file()
+    assert (tmp_path / "page.svg").is_file()
     assert "| tg at 64, 1 thread" in ended.stdout
     assert sorted(path.name.partition("-")[0] for path in (cache / "bench").iterdir()) == [
         "models", "programs", "states",
@@ -83,7 +82,7 @@ def test_every_variant_of_a_family_measures_the_same_logits(
     record = tmp_path / "record.json"
     options = ("--type", "Q8_0", "--batch", "1,64", "--depth", "0,64", "--json", str(record))
     bench(*TINY, "--family", family, *options)
-    (model,) = load(record)["models"]
+    (model,) = load(record)[0]["models"]
     assert len(model["cells"]) == 4
     shared = model["about"]["shared"]  # NMSE to patched after 64 tokens from one saved state
     assert len(shared) == 5
@@ -96,7 +95,7 @@ def test_one_process_at_a_time(tmp_path: Path, engine: Engine, upstream: Engine)
     record = tmp_path / "record.json"
     tiny = [*TINY, "--type", "Q2_K", "--batch", "1,8", "--depth", "0,64"]
     ended = bench(*tiny, "--in-turns", "--json", str(record))
-    (model,) = load(record)["models"]
+    (model,) = load(record)[0]["models"]
     everything = {"patched"} | {
         f"upstream{copy}{attention}" for copy in ("", " --repack 0") for attention in ("", " -fa 0")
     }
@@ -123,14 +122,14 @@ def test_the_demo_and_a_file_of_one_s_own(
     bench("--demo", *sizes)
     (file,) = (cache / "bench" / "models").glob("demo-Q8_0-*.gguf")
     bench(str(file), *sizes, "--json", str(tmp_path / "record.json"))
-    assert len(load(tmp_path / "record.json")["models"][0]["cells"]) == 1
+    assert len(load(tmp_path / "record.json")[0]["models"][0]["cells"]) == 1
 
 
 @pytest.mark.engine
 def test_several_sequences_decode_in_one_batch(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
     record = tmp_path / "record.json"
     bench(*TINY, "--batch", "1", "--depth", "64", "--sequences", "1,3", "--json", str(record))
-    assert [cell["tokens"] for cell in load(record)["models"][0]["cells"]] == [1, 3]
+    assert [cell["tokens"] for cell in load(record)[0]["models"][0]["cells"]] == [1, 3]
 
 
 @pytest.mark.engine
@@ -139,7 +138,7 @@ def test_cells_after_the_budget_are_reported(tmp_path: Path, engine: Engine, ups
     ended = bench(*TINY, "--batch", "1,8", "--depth", "0", "--budget", "0.001", "--json", str(record))
     reason = "the time of --budget was used up"
     assert f"Not measured: pp8 at 0, 1 thread: {reason}" in ended.stderr
-    (model,) = load(record)["models"]
+    (model,) = load(record)[0]["models"]
     assert model["cells"] == []
     missing = [(each["batch"], each["reason"]) for each in model["about"]["not_measured"]]
     assert missing == [(1, reason), (8, reason)]
@@ -149,7 +148,7 @@ def test_cells_after_the_budget_are_reported(tmp_path: Path, engine: Engine, ups
 def test_the_hybrid_against_all_mla(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
     record, page = tmp_path / "record.json", tmp_path / "page.md"
     bench(*TINY, "--hybrid", "--depth", "4096,6000,9000", "--json", str(record), "--page", str(page))
-    rows = load(record)["hybrid"]["rows"]
+    rows = load(record)[0]["hybrid"]["rows"]
     assert [row["depth"] for row in rows] == [4096, 6000, 9000]
     for row in rows:
         one_layer = (row["depth"] + 1) * 576 * 2
@@ -318,7 +317,7 @@ def test_an_option_for_one_number_refuses_several(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("words", ["--depth 0", "--batch 1", "--type Q8_0"])
 def test_single_matmuls_have_no_options_of_models(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert kimi_llama.main(["bench", "--products", *words.split()]) == 2
+    assert kimi_llama.main(["bench", "--matmuls", *words.split()]) == 2
     assert "leave out --type, --batch and --depth" in capsys.readouterr().err
 
 
@@ -393,8 +392,8 @@ def test_a_page_takes_equal_cells_from_the_latest_record(tmp_path: Path) -> None
     records[0]["engines"] = {"patched": records[0]["engines"]["patched"] | {"commit": "56789-ours"}}
     assert [cell["ratio"] for cell in merged(records)["m"]["cells"]] == [2.0, 3.0]
     for i, each in enumerate(records):
-        (tmp_path / f"{i}.json").write_text(json.dumps(each))
-    write_page([load(tmp_path / f"{i}.json") for i in range(3)], tmp_path / "page.md")
+        save([each], tmp_path / f"{i}.json")
+    write_page([load(tmp_path / f"{i}.json")[0] for i in range(3)], tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "| tg at 0, 2 threads | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 |" in text
     assert "Measured 2026-01-01 to 2026-01-02" in text
@@ -431,28 +430,15 @@ def test_libraries_other_than_those_of_patched_have_sections_of_their_own(tmp_pa
         assert "## m\n" in text and f"| {ratio} |" in text and f"| {other} |" not in text
 
 
-def several_depths(name: str) -> dict[str, Any]:
-    """A record with as many cells as have a picture."""
-    made = record("2026-01-01", 2.0)
-    cells = [record("2026-01-01", 2.0, depth)["models"][0]["cells"][0] for depth in range(4)]
-    made["models"][0] |= {"name": name, "cells": cells}
-    return made
-
-
 @pytest.mark.parametrize("name", ["a/b", "../b", "a|b", "a\nb", "a b", "$a_{$", "\ud800", "a" * 300])
-def test_every_name_of_a_model_has_a_heading_and_a_picture(name: str, tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    write_page([several_depths(name)], page)
-    (picture,) = re.findall(r"(?m)^!\[.*\]\((.*)\)$", page.read_text())
-    assert re.fullmatch(r"page-[\w.-]+-f16-1x2\.svg", picture)
-    assert sorted(each.name for each in tmp_path.iterdir()) == [picture, "page.md"]
-    assert len(re.findall(r"(?m)^## ", page.read_text())) == 2
-
-
-def test_names_that_are_alike_in_a_file_s_name_have_different_pictures(tmp_path: Path) -> None:
-    write_page([several_depths(name) for name in ("a/b", "a|b", "a-b")], tmp_path / "page.md")
-    assert len(list(tmp_path.glob("*.svg"))) == 3
-    assert (tmp_path / "page-a-b-f16-1x2.svg").is_file()
+def test_every_name_of_a_model_has_a_heading_and_a_row_of_the_picture(name: str, tmp_path: Path) -> None:
+    made = record("2026-01-01", 2.0)
+    made["models"][0]["name"] = name
+    write_page([made], tmp_path / "page.md")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.md", "page.svg"]
+    assert len(re.findall(r"(?m)^## ", (tmp_path / "page.md").read_text())) == 3
+    row = one_line(name)[:MOST_NAME].encode("utf-8", "replace").decode() or "unnamed"
+    assert f">{row}</text>" in (tmp_path / "page.svg").read_text()
 
 
 def test_a_cell_of_a_table_is_one_cell_on_one_line() -> None:
@@ -468,17 +454,11 @@ def test_other_work_marks_the_ratio_and_leaves_the_cell_s_name(tmp_path: Path) -
     assert "* other work was running on the machine" in text
 
 
-def test_a_page_says_what_a_changed_checkout_is_called(tmp_path: Path) -> None:
-    said = "at 0123456789-dirty. `-dirty`: that commit with changes that were not committed. Builds"
-    for checkout, expected in (("0123456789-dirty", said), ("0123456789", "at 0123456789. Builds")):
-        write_page([record("2026-01-01", 2.0) | {"checkout": checkout}], tmp_path / "page.md")
-        assert expected in (tmp_path / "page.md").read_text()
-
-
 def test_a_page_names_cells_that_were_not_measured_with_the_reason(tmp_path: Path) -> None:
     made = record("2026-01-01", 2.0)
     (model,) = made["models"]
-    options = {name: model["cells"][0][name] for name in ("cache_type", "sequences", "threads", "batch")}
+    names = ("cache_type", "sequences", "threads", "batch", "ubatch", "device")
+    options = {name: model["cells"][0][name] for name in names}
     missing = [options | {"depth": 64, "reason": "no room"}, options | {"depth": 0, "reason": "no time"}]
     model["about"] |= {"not_measured": missing, "left_out": {"upstream -fa 0": "no memory"}}
     write_page([made], tmp_path / "page.md")

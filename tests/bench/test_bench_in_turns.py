@@ -10,14 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from bench_case import record
 
 from kimi_gguf.bench import run
 from kimi_gguf.bench.ab_run import Loaded, Settings
 from kimi_gguf.bench.cells import PATCHED, UPSTREAM, Cell, Variant
 from kimi_gguf.bench.in_turns import Turns, measure_in_turns, variants_alone
 from kimi_gguf.bench.load import Watch
-from kimi_gguf.bench.page import write_page
 from kimi_gguf.bench.report import turns_table
 from kimi_gguf.bench.roofline import Peaks
 from kimi_gguf.engine.progress import Silent
@@ -198,25 +196,9 @@ def test_peak_rates_are_those_before_the_first_turn_and_after_each(monkeypatch: 
     assert [each["read"] for each in runners.about.peaks] == [5, 10, 30, 50, 70, 10, 40, 80, 120, 160]
 
 
-def test_the_page_says_when_peak_rates_of_turns_were_measured(tmp_path: Path) -> None:
-    """Records of before 2026-11-29 have those after all turns."""
-    made = record("2026-01-01", 2.0)
-    (model,) = made["models"]
-    model["cells"][0]["samples"] = {}
-    for peaks, expected in (
-        ({}, "after all turns"),
-        ({"peaks": [{}]}, "before the first turn and after each"),
-    ):
-        model["about"] |= {"resident": {"patched": {}}, "read": {}} | peaks
-        write_page([made], tmp_path / "page.md")
-        assert (
-            f"in turns A B C C B A; peak rates were measured {expected}."
-            in (tmp_path / "page.md").read_text()
-        )
-
-
 def test_the_table_of_processes() -> None:
     cell = {"batch": 1, "sequences": 1, "threads": 2, "depth": 0, "cache_type": "f16", "tokens": 1}
+    cell |= {"ubatch": 512, "device": None}
     cell["samples"] = {"patched --repack 0": [0.05, 0.05], "upstream -fa 0": [0.1, 0.1]}
     about = {
         "load": {"patched --repack 0": {"seconds": 0.04}, "upstream": {"seconds": 34.0}},

@@ -54,7 +54,7 @@ def test_every_matmul_runs(engine: Engine, upstream: Engine, monkeypatch: pytest
     )
     for row in rows:
         assert row["upstream"]["seconds"] > 0 and row["patched"]["seconds"] > 0
-        assert row["floor"]["share"] > 0 and row["floor"]["bound"] in ("memory", "products")
+        assert row["floor"]["share"] > 0 and row["floor"]["bound"] in ("memory", "compute")
     assert len(matmuls_table(rows)) == 1 + len(rows)
 
 

@@ -12,7 +12,7 @@ import pytest
 from bench_case import record
 
 from kimi_gguf.bench.manifest import read_manifest
-from kimi_gguf.bench.record import add, load_all
+from kimi_gguf.bench.record import add, load, save
 from kimi_gguf.bench.run import shown_command
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.scripts import kimi_llama
@@ -31,7 +31,7 @@ def test_the_committed_pages_are_drawn_from_the_committed_records(tmp_path: Path
         assert kimi_llama.main(["bench", "--draw", str(tmp_path / manifest.name)]) == 0
         pages.append(read_manifest(manifest).page.name)
     drawn = sorted(path.name for path in tmp_path.glob("bench*") if path.suffix in (".md", ".svg"))
-    assert drawn == sorted([*pages, *(path.name for path in DOCS.glob("bench-*.svg"))])
+    assert drawn == sorted([*pages, *(page.replace(".md", ".svg") for page in pages)])
     for name in drawn:
         one, other = (tmp_path / name).read_text(), (DOCS / name).read_text()
         if name.endswith(".svg"):
@@ -90,7 +90,7 @@ def test_a_recorded_command_is_that_of_the_manifest() -> None:
     words = ["bench", "--hybrid", "--json", "out/hybrid.json"]
     for added in ([], ["--record", "docs/machine.json"], ["--record=docs/machine.json"]):
         assert shown_command(words + added) == "kimi-llama bench --hybrid --json hybrid.json"
-    assert shown_command(["bench", "--record", "a.json", "--products"]) == "kimi-llama bench --products"
+    assert shown_command(["bench", "--record", "a.json", "--matmuls"]) == "kimi-llama bench --matmuls"
 
 
 def test_a_partial_run_does_not_overwrite_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,20 +135,55 @@ def test_a_damaged_manifest_is_one_message(
     assert "bench.toml: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["machine", "models", "engines", "command"])
-@pytest.mark.parametrize("form", ["of a run", "of a machine"])
+RECORDS = Path(__file__).parents[1] / "golden/bench-records.json"
+
+
+@pytest.mark.parametrize("schema", [0, 2, [1], None, "1", True])
+def test_another_schema_is_refused(schema: object, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps(json.loads(RECORDS.read_text()) | {"schema": schema}))
+    with pytest.raises(EngineError, match="expected schema 1"):
+        load(file)
+
+
+def test_a_record_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    file.write_text("[" * 200_000)
+    with pytest.raises(EngineError, match="not a record of the bench"):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["switch", "libraries", "operators", "hybrid", "engines.patched", "models.0.name", "models.0.about",
+     "models.0.about.contexts", "models.0.cells.0.ratio", "models.0.cells.0.threads", "models.0.cells.0.floor",
+     "models.0.cells.0.patched.spread", "models.0.cells.0.floor.share", "limits.0.read"],
+)  # fmt: skip
+def test_a_record_that_lacks_a_key_is_one_message_with_the_file_and_the_key(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, page = tmp_path / "record.json", tmp_path / "page.md"
+    whole = json.loads(RECORDS.read_text())
+    whole["records"] = [record for record in whole["records"] if "--sequences 4" in record["command"]]
+    within = whole["records"][0]
+    *path, key = place.split(".")
+    for name in path:
+        within = within[int(name) if name.isdigit() else name]
+    del within[key]
+    file.write_text(json.dumps(whole))
+    assert kimi_llama.main(["bench", "--records", str(file), "--page", str(page)]) == 1
+    assert f"{file}: damaged: expected the key {key!r}; measure again" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("part", ["machine", "models", "engines", "command", "records"])
 def test_a_damaged_record_is_one_message(
-    damage: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "records.json"
-    if form == "of a run":
-        file.write_text(json.dumps(record("2026-01-01", 2.0)))
-        data = whole = json.loads(file.read_text())
-    else:
-        add(record("2026-01-01", 2.0), file)
-        whole = json.loads(file.read_text())
-        data = whole if damage == "machine" else whole["records"][0]
-    data[damage] = 5
+    save([record("2026-01-01", 2.0)], file)
+    whole = json.loads(file.read_text())
+    (whole if part in whole else whole["records"][0])[part] = 5
     file.write_text(json.dumps(whole))
     assert kimi_llama.main(["bench", "--records", str(file), "--page", str(tmp_path / "page.md")]) == 1
     assert "records.json: damaged" in capsys.readouterr().err
@@ -169,12 +204,12 @@ def test_only_pages_of_the_bench_are_replaced(
 
 
 def test_json_replaces_only_the_record_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    add(record("2026-01-01", 2.0), tmp_path / "machine.json")
+    save([record("2026-01-01", 2.0), record("2026-01-02", 2.0)], tmp_path / "machine.json")
     (tmp_path / "page.md").write_text("prose")
-    for name in ("machine.json", "page.md"):
+    for name, message in (("machine.json", "the record of one run"), ("page.md", "a record of the bench")):
         before = (tmp_path / name).read_bytes()
         assert kimi_llama.main(["bench", "--json", str(tmp_path / name)]) == 1
-        assert f"{name}: not a record of the bench" in capsys.readouterr().err
+        assert f"{name}: not {message}" in capsys.readouterr().err
         assert (tmp_path / name).read_bytes() == before
 
 
@@ -183,11 +218,11 @@ def test_records_are_added_to_a_machine_s_file(tmp_path: Path) -> None:
     one, two, other = (record(f"2026-01-0{day}", 2.0) for day in (1, 2, 3))
     add(two, file)
     add(one, file)
-    assert load_all(file) == [one, two]
+    assert load(file) == [one, two]
     other["machine"] = {**other["machine"], "cores": 64}
     with pytest.raises(EngineError, match="records of another machine"):
         add(other, file)
-    assert load_all(file) == [one, two]
+    assert load(file) == [one, two]
 
 
 @pytest.mark.parametrize("changed", ["nothing", "libraries", "name", "bytes"])
@@ -201,4 +236,4 @@ def test_a_record_replaces_one_of_the_same_command_model_and_libraries(changed: 
         new["models"][0][changed] = {"name": "n", "bytes": 100}[changed]
     add(old, file)
     add(new, file)
-    assert load_all(file) == ([new] if changed == "nothing" else [old, new])
+    assert load(file) == ([new] if changed == "nothing" else [old, new])

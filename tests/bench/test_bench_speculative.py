@@ -31,7 +31,7 @@ def test_break_even(length: int, cost: float, rate: float | None) -> None:
 def test_the_cost_of_a_draft(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
     record = tmp_path / "record.json"
     ended = bench(*TINY, "--speculative", "--json", str(record))
-    rows = load(record)["speculative"]["cost"]
+    rows = load(record)[0]["speculative"]["cost"]
     assert [(row["sequences"], row["length"]) for row in rows] == [
         (slots, length) for slots in speculative.SLOTS for length in speculative.LENGTHS
     ]

@@ -67,7 +67,7 @@ def test_only_what_is_beyond_the_spread_is_called_slower() -> None:
     def cell(ratio: float, batch: int) -> dict[str, object]:
         return {
             "ratio": ratio, "batch": batch, "sequences": 1, "threads": 2, "cache_type": "f16", "depth": 0,
-            "upstream": {"spread": 0.01}, "patched": {"spread": 0.01}, "others": 0.0,
+            "ubatch": 512, "device": None, "upstream": {"spread": 0.01}, "patched": {"spread": 0.01}, "others": 0.0,
         }  # fmt: skip
 
     cells = [cell(0.99, 1), cell(0.9, 8), cell(1.5, 512)]
@@ -89,14 +89,14 @@ def test_the_floor_adds_parts_bound_by_memory_or_compute() -> None:
     reading = Demand(500.0, 200.0, 100.0, {"Q4_0": 1000.0}, 5.0, 0.0)
     assert reading.floor(limits) == (5.0 + 1.0 + 2.0, "memory")
     multiplying = Demand(100.0, 0.0, 300.0, {"Q4_0": 5000.0, "F32": 20.0}, 40.0, 10.0)
-    assert multiplying.floor(limits) == (pytest.approx((5.0 + 2.0) + 4.0 + 1.0), "products")
+    assert multiplying.floor(limits) == (pytest.approx((5.0 + 2.0) + 4.0 + 1.0), "compute")
     attending = Demand(500.0, 0.0, 100.0, {"Q4_0": 1000.0}, 60.0, 0.0)
-    assert attending.floor(limits) == (5.0 + 6.0, "products")
+    assert attending.floor(limits) == (5.0 + 6.0, "compute")
     mixed = Demand(500.0, 0.0, 100.0, {"Q4_0": 1000.0}, 60.0, 0.0, value_macs=1000.0)
     # 16-bit integers: half of the int8 rate, and at most twice the float32 rate, because tile registers have none
-    assert mixed.floor(limits) == (5.0 + 6.0 + 1000.0 / 20.0, "products")
+    assert mixed.floor(limits) == (5.0 + 6.0 + 1000.0 / 20.0, "compute")
     vectors = Peaks(threads=1, read=100.0, f32=10.0, int8=30.0, bf16=None)
-    assert mixed.floor(vectors) == (pytest.approx(1000.0 / 30.0 + 6.0 + 1000.0 / 15.0), "products")
+    assert mixed.floor(vectors) == (pytest.approx(1000.0 / 30.0 + 6.0 + 1000.0 / 15.0), "compute")
     without = Peaks(threads=1, read=100.0, f32=10.0, int8=None, bf16=None)
     assert mixed.floor(without)[0] == 100.0 + 6.0 + 100.0
 

@@ -76,7 +76,7 @@ def both_ids(
 
 @pytest.mark.engine
 @pytest.mark.parametrize("content", [tokenizer_json(), every_pair_json(1)], ids=["trained", "every pair"])
-@pytest.mark.parametrize("build", ["engine", "upstream"])
+@pytest.mark.parametrize("build", ["engine", pytest.param("upstream", marks=pytest.mark.full)])
 def test_llama_cpp_produces_the_ids_of_the_library(
     tmp_path: Path, build: str, content: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:

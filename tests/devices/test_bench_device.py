@@ -44,7 +44,7 @@ def test_both_builds_compute_every_layer_on_the_device(
     bench(*ON, *sizes, "--json", str(file), "--page", str(page))
     lines = set(computed.read_text().splitlines())
     assert {"SECOND0 KDA_SCAN", "SECOND0 GATED_DELTA_NET"} <= lines, "patched and upstream"
-    data = load(file)
+    (data,) = load(file)
     assert data["device"] == {"backend": "cpu", "name": "SECOND0", "description": "the CPU with memory of its own",
                               "memory": 4 << 30, "free": 4 << 30, "driver": None}  # fmt: skip
     (model,) = data["models"]
@@ -84,7 +84,7 @@ def test_cells_and_variants_that_do_not_fit_in_memory_are_left_out(
     ended = bench(*ON, "--batch", "300", "--depth", "2000,30000", "--json", str(file))
     assert "1 × 30000 tokens (f16 cache) do not fit the device: caches of " in ended.stderr
     assert "upstream -fa 0 is left out: upstream: llama.cpp cannot make a context: SECOND0" in ended.stderr
-    (model,) = load(file)["models"]
+    (model,) = load(file)[0]["models"]
     (cell,), (missing,) = model["cells"], model["about"]["not_measured"]
     assert (cell["depth"], missing["depth"]) == (2000, 30000)
     assert "do not fit the device: caches of " in missing["reason"]
@@ -137,7 +137,7 @@ def test_bench_gpu_tests_and_times_operators_and_writes_a_page(
     headings = ("## Goals", "## Peak rates of the device", "KDA_SCAN: head_size")
     for part in (*headings, "| pp150 at 64 |", "| tg at 96, q8_0 cache |"):
         assert part in page
-    rows = [row for file in out.glob("times-*.json") for row in load(file)["device_operators"]]
+    rows = [row for file in out.glob("times-*.json") for row in load(file)[0]["device_operators"]]
     by = {row["operator"]: row for row in rows}
     assert set(by) == {"KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN", "GATED_DELTA_NET", "MUL_MAT"}
     assert all(row["patched"] > 0 for row in rows)
@@ -195,7 +195,7 @@ def test_a_stage_of_bench_gpu_ends_at_its_limit_and_is_left(
 def test_a_device_s_floor_uses_the_rate_of_its_fastest_type() -> None:
     demand = Demand(1e9, 0.0, 1e6, {"Q4_0": 4e12, "F32": 1e12}, 5e12, 0.0)
     gpu = Peaks(threads=0, read=1e12, f32=1e13, int8=2e14, bf16=4e14, f16=5e14)
-    assert demand.floor(gpu) == (pytest.approx(0.02), "products")
+    assert demand.floor(gpu) == (pytest.approx(0.02), "compute")
     cpu = Peaks(threads=2, read=1e12, f32=1e13, int8=2e14, bf16=4e14)
     assert demand.floor(cpu)[0] == pytest.approx(4e12 / 2e14 + 1e12 / 1e13 + 5e12 / 1e13)
 

@@ -25,18 +25,25 @@ def record(created: str, ratio: float, depth: int = 0) -> dict[str, Any]:
     """A record with one cell."""
     rates = {"threads": 2, "read": 4e10, "f32": 1e11, "int8": 3e11, "bf16": None}
     cell = {
-        "cache_type": "f16", "sequences": 1, "threads": 2, "depth": depth, "batch": 1, "tokens": 1, "ratio": ratio,
+        "cache_type": "f16", "ubatch": 512, "device": None,
+        "sequences": 1, "threads": 2, "depth": depth, "batch": 1, "tokens": 1, "ratio": ratio,
         "upstream": {"way": "upstream", "tokens_per_second": 10.0, "spread": 0.01},
         "patched": {"tokens_per_second": 10.0 * ratio, "spread": 0.01},
         "floor": {"share": 0.5, "bound": "memory", "seconds": 0.05, "limits": rates}, "others": 0.0,
+    }  # fmt: skip
+    about: dict[str, Any] = {
+        "load": {}, "contexts": {}, "shared": {}, "fallbacks": {}, "left_out": {}, "not_measured": [], "resident": {},
+        "peaks": [], "read": {},
     }  # fmt: skip
     engine = {
         "llama_cpp_commit": "0123456789", "package": "llama", "commit": "01234-ours",
         "compilers": {"C++": "c++: some compiler 1.0"},
     }  # fmt: skip
     return {
-        "schema": 3, "command": f"kimi-llama bench {created}", "created": created, "limits": [], "operators": [],
-        "hybrid": None, "switch": "require", "engines": {"patched": engine, "upstream": engine}, "libraries": None,
+        "command": f"kimi-llama bench {created}", "created": created, "device": None, "checkout": None,
+        "limits": [], "operators": [], "device_operators": [], "matmuls": [], "hybrid": None, "prompt_cache": [],
+        "equal_requests": [], "speculative": None,
+        "switch": "require", "engines": {"patched": engine, "upstream": engine}, "libraries": None,
         "machine": {"processor": "one", "cores": 2, "memory_gib": None, "system": "Linux 1"},
-        "models": [{"name": "m", "cells": [cell], "about": {"load": {}, "contexts": {}, "shared": {}}}],
+        "models": [{"name": "m", "bytes": 1, "cells": [cell], "about": about}],
     }  # fmt: skip

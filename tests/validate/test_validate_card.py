@@ -259,12 +259,10 @@ def test_notes_of_a_file_stay_with_its_command() -> None:
 
 
 def test_the_card_names_the_builds_of_the_reports() -> None:
-    """Not the build that writes the card; schema 2 has no version, an old report."""
-    data = json.loads((GOLDEN / "report-schema-2.json").read_text())
-    assert "version" not in data and VERSION != "9.9"
+    """Not the build that writes the card."""
     old = card_file("old.gguf")
     new = replace(old, path=Path("new.gguf"), report=replace(old.report, engine="kimi-gguf 9.9, llama.cpp x"))
-    engine = "kimi-gguf of unknown version, llama.cpp c0ffee (patched, source tree 343434343434)"
+    engine = "kimi-gguf 1.2.3, llama.cpp c0ffee (patched, source tree 343434343434)"
     assert f"| validated with | {engine} |" in card_text([old], ["kld"], [])
     assert "| validated with | kimi-gguf 9.9, llama.cpp x |" in card_text([new, new], ["kld"], [])
     both = card_text([new, old], ["kld"], [])
@@ -375,7 +373,7 @@ def test_limits_of_a_mix_are_those_of_its_lowest_type(engine: Engine, demo_dir: 
 def card_file(
     name: str = "x.gguf", size: int = 10, kld: float = 0.1, passed: bool = True, **keys: Any
 ) -> CardFile:
-    report = read_report(GOLDEN / "report-schema-1.json")
+    report = read_report(GOLDEN / "report.json")
     run = replace(report.headline, all=replace(report.headline.all, kld_mean=kld))
     report = replace(report, name=name, bytes=size, passed=passed, runs=[run])
     return CardFile(Path(name), KEYS | keys, elements={"Q8_0": 90, "F32": 10}, report=report)
@@ -422,9 +420,8 @@ def test_the_card_says_what_rounding_causes(floors: list[tuple[float, float]], s
     assert "Perplexity depends on the text as much as on the model" in card
 
 
-@pytest.mark.parametrize("schema", [1, 2])
-def test_both_cards_read_the_same_figures(tmp_path: Path, schema: int) -> None:
-    report = GOLDEN / f"report-schema-{schema}.json"
+def test_both_cards_read_the_same_figures(tmp_path: Path) -> None:
+    report = GOLDEN / "report.json"
     place = tmp_path / "validation" / "x"
     keep(report, place)
     stored = read_report(report)
@@ -445,7 +442,7 @@ def keep(report: Path, place: Path) -> None:
 def test_a_report_counts_only_with_its_own_pages(tmp_path: Path, page: str, changed: str | None) -> None:
     """The card has the JSON's figures and links to the pages; they must not be missing, or of another run."""
     place = tmp_path / "validation" / "x"
-    keep(GOLDEN / "report-schema-2.json", place)
+    keep(GOLDEN / "report.json", place)
     stored = read_report(place / "report.json")
 
     def found() -> bool:
@@ -464,7 +461,7 @@ def test_a_report_counts_only_with_its_own_pages(tmp_path: Path, page: str, chan
 
 def test_a_kept_report_is_without_what_a_killed_run_left(tmp_path: Path) -> None:
     place = tmp_path / "x"
-    keep(GOLDEN / "report-schema-2.json", place)
+    keep(GOLDEN / "report.json", place)
     (place / ".report.abcd").mkdir()
     assert card_files._kept(place) is not None and not list(place.glob(".*"))
 
@@ -485,7 +482,7 @@ def test_one_rule_recommends_in_both_cards() -> None:
 
 @pytest.mark.parametrize("kld", [True, "0.1", 10**400])
 def test_a_stored_figure_is_a_number(tmp_path: Path, kld: object) -> None:
-    data = json.loads((GOLDEN / "report-schema-2.json").read_text())
+    data = json.loads((GOLDEN / "report.json").read_text())
     data["runs"][0]["all"]["kld_mean"] = kld
     (tmp_path / "report.json").write_text(json.dumps(data))
     with pytest.raises(ValidateError, match="damaged"):
@@ -535,7 +532,7 @@ def test_equal_files_are_both_recommended() -> None:
     assert len(recommended([card_file("a"), card_file("b")])) == 2
 
 
-def test_a_card_from_a_report_of_the_oldest_schema(tmp_path: Path) -> None:
+def test_a_card_of_another_converter_s_file() -> None:
     card = card_text([card_file()], ["kld"], [])
     assert "| `x.gguf` | 10 bytes | Q8_0 90 %, F32 10 %; 0.80 bits per weight | 0.1 |" in card
     assert "## Differences" not in card  # not a file of convert-kimi
@@ -554,7 +551,7 @@ HOSTILE = (
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_texts_are_shown_as_text(text: str) -> None:
-    report = read_report(GOLDEN / "report-schema-2.json")
+    report = read_report(GOLDEN / "report.json")
     report = replace(
         report,
         basis=replace(report.basis, precision=text, cache_type=text),
@@ -759,7 +756,7 @@ def test_only_a_file_is_read_as_an_earlier_report(tmp_path: Path, monkeypatch: p
     """Reading a pipe would wait forever, and a file of any size would fill the memory."""
     places = [tmp_path / name for name in ("pipe", "large", "absent")]
     for place in places:
-        keep(GOLDEN / "report-schema-2.json", place)
+        keep(GOLDEN / "report.json", place)
         assert card_files._kept(place) is not None
         (place / "report.json").unlink()
     monkeypatch.setattr(card_files, "read_report", lambda _: pytest.fail("it was read"))
