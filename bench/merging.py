@@ -63,9 +63,11 @@ def merged(records: Sequence[Data]) -> dict[str, Data]:
 
 
 def measured_by(record: Data) -> str:
-    """The command of a record, its patched build and its day."""
-    command = one_line(record["command"])
-    return f"`{command}` ({record['engines']['patched']['commit']}, {str(record['created'])[:10]})"
+    """The command of a record, its patched build, this project's commit and the day."""
+    commits = (
+        f"{record['engines']['patched']['commit']}, kimi-gguf {record['checkout'] or 'of an unknown commit'}"
+    )
+    return f"`{one_line(record['command'])}` ({commits}, {str(record['created'])[:10]})"
 
 
 def operator_rows(records: Iterable[Data]) -> dict[str, list[Data]]:

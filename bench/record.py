@@ -56,7 +56,7 @@ def new_record(
         "machine": machine_facts(),
         "device": None if device is None else vars(device),
         "checkout": checkout(),
-        "engines": {name: engine_facts(build) for name, build in builds.items()},
+        "engines": {name: _facts(build) for name, build in builds.items()},
         "switch": switch,
         "libraries": None if libraries is None else libraries.name,
         "limits": [],
@@ -69,6 +69,11 @@ def new_record(
         "equal_requests": [],
         "speculative": None,
     }
+
+
+def _facts(build: Engine) -> Data:
+    """The facts of a build without the list of its patches, which the hash of its sources stands for."""
+    return {name: value for name, value in engine_facts(build).items() if name != "patches"}
 
 
 def checkout() -> str | None:

@@ -89,7 +89,7 @@ def table(reports: dict[str, Report]) -> str:
 
 def draw(report: Report, file: Path) -> None:
     """NMSE at every position, F32 weights and cache, flash attention on."""
-    plt.rcParams["svg.hashsalt"] = "kimi-gguf"
+    plt.rcParams |= {"svg.hashsalt": "kimi-gguf", "svg.fonttype": "none"}
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
     for (build, runs), colour in zip(builds(report).items(), ("#1f6fb2", "#e08a2c"), strict=True):
         run = next(run for run in runs if run["variant"]["key"] == "flash")

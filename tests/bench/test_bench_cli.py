@@ -397,7 +397,10 @@ def test_a_page_takes_equal_cells_from_the_latest_record(tmp_path: Path) -> None
     text = (tmp_path / "page.md").read_text()
     assert "| tg at 0, 2 threads | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 |" in text
     assert "Measured 2026-01-01 to 2026-01-02" in text
-    commands = ["2026-01-01` (01234-ours, 2026-01-01)", "2026-01-02` (56789-ours, 2026-01-02)"]
+    commands = [
+        f"{day}` ({build}-ours, kimi-gguf of an unknown commit, {day})"
+        for day, build in (("2026-01-01", "01234"), ("2026-01-02", "56789"))
+    ]
     assert re.findall(r"(?m)^- `kimi-llama bench (.*)", text) == commands
 
 

@@ -302,9 +302,9 @@ def test_a_page_names_the_device_and_leaves_out_what_is_not_known(tmp_path: Path
     write_page([on_device(2.0)], tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "# Bench on NVIDIA Something\n" in text
-    assert "(CUDA0, 80 GiB; driver NVIDIA 1.2)" in text and "kimi-gguf at abc" in text
+    assert "(CUDA0, 80 GiB, driver NVIDIA 1.2, cuda)" in text and "kimi-gguf abc" in text
     assert "The device's peak rates were not measured." in text
-    assert "| tg at 0 | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 | unknown | upstream |" in text
+    assert "| tg at 0 | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 | unknown |  |" in text
 
 
 def test_a_page_is_of_one_device(tmp_path: Path) -> None:
@@ -319,17 +319,6 @@ def test_a_page_is_of_one_machine(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"found one, 2 cores, CPU and two, 2 cores, CPU;"):
         write_page([one, other], tmp_path / "page.md")
     assert not (tmp_path / "page.md").exists()
-
-
-def test_records_of_before_there_were_devices_make_the_same_page(tmp_path: Path) -> None:
-    old, new = record("2026-01-01", 2.0), record("2026-01-01", 2.0)
-    new |= {"device": None, "checkout": "abc", "device_operators": []}
-    new["models"][0]["cells"][0] |= {"device": None, "ubatch": 512}
-    write_page([old], tmp_path / "old.md")
-    write_page([new], tmp_path / "new.md")
-    page = (tmp_path / "old.md").read_text()
-    assert page.count("an unrecorded commit") == 1
-    assert page.replace("an unrecorded commit", "abc") == (tmp_path / "new.md").read_text()
 
 
 def test_the_driver_s_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
