@@ -41,7 +41,7 @@ NOT_COMPILED = ("benches/", "docs/", "media/", "models/")  # large, and not need
 _UNPACK_AGAIN = "remove the folder sources/ in the cache and build again"
 _RECORD = (
     "restore patches/ and ggml_ops/ as they were published; if they were changed on purpose, record the tree "
-    "they make now: python -m kimi_gguf.patches record LLAMA_CPP"
+    "they make now: tools/run patches record LLAMA_CPP"
 )
 
 

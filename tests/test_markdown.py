@@ -169,7 +169,7 @@ def test_a_page_is_what_its_author_meant(page: str) -> None:
         ("[a](docs/faq.md#no-section)", "docs/faq.md#no-section: there is no such section"),
         ("# A `b`\n\n[a](#a-c)", "#a-c: there is no such section"),
         ("# A\n\n1.25\n\n# B\n\n| a |\n| --- |\n| [1.2](#a) |", "#a: 1.2 is not there"),
-        ("<!-- generated: python -m kimi_gguf.patches index -->\n", "a generated part does not end"),
+        ("<!-- generated: tools/run patches index -->\n", "a generated part does not end"),
         ("<!-- end -->", "line 1: an end without a beginning"),
         ("Written by `scripts/none`; do not edit.", "there is no `scripts/none`"),
     ],

@@ -20,9 +20,9 @@ from kimi_gguf.engine.archive import file_sha256, unpack
 from kimi_gguf.engine.interrupts import INTERRUPTED
 from kimi_gguf.patches.errors import KimiError, PatchError
 from kimi_gguf.patches.pin import PIN_FILE, Pin, load_pin
-from kimi_gguf.patches.pull_requests import load_pull_requests
 from kimi_gguf.patches.series import FIXES, Series, load_series
 from kimi_gguf.patches.tree import Tree, expect_tree, tree_hash
+from kimi_gguf.tools.pull_request import load_pull_requests
 from kimi_gguf.tools.series_trial import (
     APPLIES,
     CONFLICTS,
@@ -165,7 +165,7 @@ def write(pin: Pin, tree: Tree, conflicts: bool, pin_file: Path) -> None:
     write_pin(pin, pin_file)
     print(f"wrote {pin_file}")
     if conflicts:
-        print(f"repair the patches, then run: python -m kimi_gguf.patches record {tree.root}")
+        print(f"repair the patches, then run: tools/run patches record {tree.root}")
 
 
 def download(package: str, version: str, folder: Path) -> Path:

@@ -14,8 +14,8 @@ from pathlib import Path
 from kimi_gguf.engine.builds import upstream_source
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.export import write_folder
-from kimi_gguf.patches.pull_requests import NO_TEST, folder_files, load_pull_requests, select
 from kimi_gguf.patches.series import load_series
+from kimi_gguf.tools.pull_request import NO_TEST, folder_files, load_pull_requests, select
 from kimi_gguf.tools.upstream_tests import prove
 
 EXAMPLES = """\

@@ -13,14 +13,14 @@ import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_gguf.patches import __main__ as patches_command
 from kimi_gguf.patches import diff
 from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.export import export_patches
-from kimi_gguf.patches.index import PAGE
 from kimi_gguf.patches.pin import load_pin
 from kimi_gguf.patches.series import FIXES, PATCH_FOLDER, Patch, Series, destination, load_series
 from kimi_gguf.patches.tree import Tree, tree_hash
+from kimi_gguf.tools import patches as patches_command
+from kimi_gguf.tools.patch_index import PAGE
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ def test_the_index_pages_are_those_that_the_command_writes(
     assert patches_command.main(["index"]) == 0
     for page, copy in written.items():
         assert page.read_text(encoding="utf-8") == copy.read_text(encoding="utf-8"), (
-            "run: python -m kimi_gguf.patches index"
+            "run: tools/run patches index"
         )
 
 

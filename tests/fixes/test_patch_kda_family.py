@@ -20,9 +20,9 @@ from transformers_ling import ling_logits
 from kimi_gguf.bench.shapes import types_in_dry_run
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.patches.diff import apply
-from kimi_gguf.patches.pull_requests import load_pull_requests, select
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree, list_files
+from kimi_gguf.tools.pull_request import load_pull_requests, select
 from kimi_gguf.tools.upstream_converter import Job
 from kimi_gguf.tools.upstream_tests import prove
 from kimi_gguf.validate.errors import ValidateError

@@ -12,16 +12,16 @@ import tiny_llama
 from kimi_gguf.engine.builds import upstream_source
 from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.export import write_folder
-from kimi_gguf.patches.index import UPSTREAM_PAGE, upstream_page
-from kimi_gguf.patches.pull_requests import (
+from kimi_gguf.patches.series import FIXES, Series, load_series
+from kimi_gguf.patches.tree import Tree
+from kimi_gguf.tools.patch_index import UPSTREAM_PAGE, upstream_page
+from kimi_gguf.tools.pull_request import (
     NO_TEST,
     PullRequest,
     folder_files,
     load_pull_requests,
     select,
 )
-from kimi_gguf.patches.series import FIXES, Series, load_series
-from kimi_gguf.patches.tree import Tree
 from kimi_gguf.tools.pull_requests import main
 from kimi_gguf.tools.upstream_tests import IN_UPSTREAM, NEEDED, OTHER, Outcome, prove, without_fix
 
@@ -95,7 +95,7 @@ def test_the_notes_say_what_fails_or_that_there_is_no_test() -> None:
 
 def test_the_page_lists_all() -> None:
     page = UPSTREAM_PAGE.read_text(encoding="utf-8")
-    assert page == upstream_page(load_series(), page), "run: python -m kimi_gguf.patches index"
+    assert page == upstream_page(load_series(), page), "run: tools/run patches index"
     reasons = page.partition("Fixes without a test for upstream")[2].partition("\n\n`tools")[0]
     named = {number for row in re.findall(r"(?m)^\| ([\d, ]+) \|", reasons) for number in row.split(", ")}
     assert named == {request.name[:4] for request in REQUESTS if request.test is None}

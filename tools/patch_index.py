@@ -1,4 +1,4 @@
-"""The index of the series, `README.md` in this folder, and the tables of docs/upstream.md, made from the headers.
+"""The index of the series, patches/README.md, and the tables of docs/upstream.md, made from the headers.
 
 Input: the series. Output: the pages as text.
 """
@@ -8,17 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from kimi_gguf.patches.errors import PatchError
-from kimi_gguf.patches.pull_requests import NO_TEST, PullRequest, load_pull_requests
 from kimi_gguf.patches.series import FIXES, OPS, Patch, Series
+from kimi_gguf.tools.pull_request import NO_TEST, PullRequest, load_pull_requests
 
-PAGE = Path(__file__).with_name("README.md")
-UPSTREAM_PAGE = Path(__file__).resolve().parents[1] / "docs" / "upstream.md"
-BEGIN = "<!-- generated: python -m kimi_gguf.patches index -->\n"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "patches" / "README.md"
+UPSTREAM_PAGE = ROOT / "docs" / "upstream.md"
+BEGIN = "<!-- generated: tools/run patches index -->\n"
 END = "<!-- end -->\n"
 HEAD = """# Patches
 
 The engine is the pinned llama.cpp (`upstream.toml`) with these patches and the sources in [ggml_ops](../ggml_ops).
-`python -m kimi_gguf.patches index` writes this page from the headers of the patches.
+`tools/run patches index` writes this page from the headers of the patches.
 
 | folder | what |
 | --- | --- |
@@ -30,7 +31,7 @@ the whole series for `git am`; with `--fixes`, only the corrections. The header 
 how it is corrected, its test, and when it can be dropped. `Sources:` names the folders of ggml_ops whose files the
 patch adds; the folder determines where they go ([series.py](series.py)).
 
-A file `fixes/NNNN-name.pr` is the fix's test for upstream ([pull_requests.py](pull_requests.py)).
+A file `fixes/NNNN-name.pr` is the fix's test for upstream ([pull_request.py](../tools/pull_request.py)).
 `tools/pull-requests DIR` writes the fixes as pull requests; [docs/upstream.md](../docs/upstream.md) lists them.
 """
 
