@@ -79,10 +79,8 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfil
     "hostile",
     [
         member("tiny-1.0/llama.cpp/../../../escaped"),
-        member("/escaped"),
         member("../escaped"),
         member("tiny-1.0/llama.cpp/link", tarfile.SYMTYPE, "/etc/passwd"),
-        member("tiny-1.0/llama.cpp/link", tarfile.SYMTYPE, "CMakeLists.txt"),
         member("tiny-1.0/llama.cpp/link", tarfile.LNKTYPE, "tiny-1.0/llama.cpp/CMakeLists.txt"),
         member("tiny-1.0/llama.cpp/pipe", tarfile.FIFOTYPE),
     ],

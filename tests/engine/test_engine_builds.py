@@ -6,10 +6,8 @@ import json
 import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny_llama
@@ -26,8 +24,8 @@ from kimi_gguf.engine.build_spec import (
     processor,
     provenance,
 )
-from kimi_gguf.engine.builds import Engine, builds, cache_folder, cpu_library, find, load, use
-from kimi_gguf.engine.doctor import Check, _python, list_devices
+from kimi_gguf.engine.builds import Engine, builds, cache_folder, cpu_library, find, load
+from kimi_gguf.engine.doctor import Check, list_devices
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import find_compilers
 from kimi_gguf.patches.series import PATCH_FOLDER
@@ -114,15 +112,6 @@ def test_a_name_outlives_the_build_it_named(folder: Path) -> None:
     """`use` stores a name, not a key, so that it also selects the build of the next version."""
     assert call(folder, "use", BUILDS["cuda"][0]).returncode == 0
     assert (folder / "cache/build-in-use").read_text() == "cuda\n"
-
-
-def test_a_choice_is_stored_where_no_cache_is_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after installing a wheel, whose build is not in the cache."""
-    monkeypatch.setenv("KIMI_GGUF_CACHE", str(tmp_path / "new/cache"))
-    engine = SimpleNamespace(name="wheel", variables={})
-    monkeypatch.setattr("kimi_gguf.engine.builds.find", lambda *_: engine)
-    use("wheel")
-    assert (tmp_path / "new/cache/build-in-use").read_text() == "wheel\n"
 
 
 def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,21 +207,14 @@ def test_a_build_with_flags_runs_only_with_these_flags(folder: Path, monkeypatch
     assert "with      CXXFLAGS=-O0 -g" in call(folder, "doctor").stdout
 
 
-def test_the_bench_measures_the_build_that_runs(folder: Path) -> None:
-    """Not another one with the same options; and the build that its key names."""
-    add(folder, "cpu", "55555555dddddddd", "2026-02-01")
-    for words, key in (((), "55555555"), (("--build", BUILDS["cpu"][0]), BUILDS["cpu"][0][:8])):
-        assert f"kimi-llama: build cpu {key}" in call(folder, "bench", "--operators", *words).stderr
-
-
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", '{"key": "55555555dddddddd"}', "options", "backends", "built", "environment"],
+    ["{", "[]", '{"key": "55555555dddddddd"}', "options", "environment"],
 )
 def test_a_damaged_build_is_none(folder: Path, content: str) -> None:
     add(folder, "cpu", "55555555dddddddd", "2026-02-01")
     manifest = folder / "cache/engines/55555555dddddddd/manifest.json"
-    if content.isalpha() and content != "null":  # without this key
+    if content.isalpha():  # without this key
         kept = {k: v for k, v in json.loads(manifest.read_text()).items() if k != content}
         content = json.dumps(kept | ({"environment": ["-O0"]} if content == "environment" else {}))
     manifest.write_text(content)
@@ -257,9 +239,7 @@ def test_the_choice_holds_for_upstreams_build_too(folder: Path) -> None:
     assert key_of(folder, "--upstream", KIMI_BUILD="cuda") == "66666666ffffffff"
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("cpu", "native"), ("cpu+GGML_NATIVE=OFF", "portable"), ("cuda", "native")]
-)
+@pytest.mark.parametrize(("name", "kind"), [("cpu+GGML_NATIVE=OFF", "portable"), ("cuda", "native")])
 def test_one_line_at_start_up_says_which_build_runs(folder: Path, name: str, kind: str) -> None:
     key = BUILDS[name][0]
     done = call(folder, "run", "--build", name, str(folder / "model.gguf"))
@@ -273,11 +253,10 @@ def test_doctor_says_which_build_runs(folder: Path) -> None:
     assert {each["name"] for each in told["engines"]} == set(BUILDS)
 
 
-@pytest.mark.parametrize("listed", ["Available devices:\n  (none)\n", "Available devices:\n"])
-def test_a_gpu_build_without_a_device_is_not_well(tmp_path: Path, listed: str) -> None:
+def test_a_gpu_build_without_a_device_is_not_well(tmp_path: Path) -> None:
     program = tmp_path / "bin" / "llama-cli"
     program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+    program.write_text("#!/bin/sh\nprintf 'Available devices:\n  (none)\n'\n")
     program.chmod(0o755)
     assert list_devices(Engine("key", tmp_path, False, ("cpu",), {})) == "CPU"
     with pytest.raises(EngineError, match="built for cuda, but there is no device"):
@@ -340,7 +319,6 @@ def test_a_gpu_is_needed_if_the_build_that_runs_is_for_gpus(
 @pytest.mark.parametrize(
     ("script", "mark", "said"),
     [
-        ("exit 0", "ok ", "release 13, with cuBLAS"),
         (
             '[ "$1" = --version ]',
             "-  ",
@@ -362,30 +340,6 @@ def test_doctor_marks_a_toolkit_that_is_incomplete(
     assert line == f"  {mark} CUDA toolkit: {f'{nvcc}: ' if script else ''}{said}"
 
 
-# What doctor needs of llama_cpp. A wheel's backends are files of their own, and none is loaded at first.
-STAND_IN = """
-import mmap, pathlib
-library = (pathlib.Path(__file__).parents[2] / "lib/libllama.so").open("rb")
-mapped = mmap.mmap(library.fileno(), 0, access=mmap.ACCESS_READ)
-__version__, backends = "9", []
-def llama_backend_init(): backends.append({backends!r})
-def llama_print_system_info(): return "".join(backends).encode()
-"""
-
-
-@pytest.mark.parametrize(
-    ("backends", "said"), [("CPU : AVX2 = 1 | ", "llama_cpp 9; CPU : AVX2 = 1"), ("", "llama_cpp 9")]
-)
-def test_doctor_names_what_llama_cpp_uses(backends: str, said: str, folder: Path) -> None:
-    prefix = folder / "cache/engines" / BUILDS["cpu-all"][0]
-    (prefix / "python/llama_cpp").mkdir(parents=True)
-    (prefix / "python/llama_cpp/__init__.py").write_text(STAND_IN.format(backends=backends))
-    (prefix / "lib").mkdir()
-    (prefix / "lib/libllama.so").write_bytes(b"x")
-    engine = load(prefix)
-    assert engine and _python(engine, []) == said
-
-
 def test_doctor_shows_what_kimi_verify_prints(folder: Path) -> None:
     verifier(folder, BUILDS["cuda"][0], f"printf '{CHECKED}'; exit 1")
     done = call(folder, "doctor", "--devices", KIMI_BUILD="cuda")
@@ -398,19 +352,17 @@ def test_doctor_shows_what_kimi_verify_prints(folder: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]])
-def test_doctor_names_a_program_that_is_missing(folder: Path, options: list[str]) -> None:
-    done = call(folder, "doctor", "--devices", *options, KIMI_BUILD="cuda")
+def test_doctor_names_a_program_that_is_missing(folder: Path) -> None:
+    done = call(folder, "doctor", "--devices", "--json", KIMI_BUILD="cuda")
     assert (done.returncode, done.stdout) == (1, "")
     place = tiny_llama.load(folder).cache.engines / BUILDS["cuda"][0]
     assert f"error: {place / 'bin' / VERIFY}: " in done.stderr
     assert f"remove {place} and run kimi-llama build --backend cuda" in done.stderr
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]])
-def test_doctor_says_if_kimi_verify_crashes(folder: Path, options: list[str]) -> None:
+def test_doctor_says_if_kimi_verify_crashes(folder: Path) -> None:
     program = verifier(folder, BUILDS["cuda"][0], "kill -SEGV $$")
-    done = call(folder, "doctor", "--devices", *options, KIMI_BUILD="cuda")
+    done = call(folder, "doctor", "--devices", KIMI_BUILD="cuda")
     assert (done.returncode, done.stdout) == (1, "")
     assert f"error: {program}: " in done.stderr
     assert "exit status -11" in done.stderr
@@ -440,31 +392,6 @@ def test_of_several_cpu_libraries_the_one_that_ggml_loads(tmp_path: Path) -> Non
         command = [find_compilers("cpu")["C"].path, "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
         subprocess.run(command, input=source, text=True, check=True)
     assert cpu_library(tmp_path).name == "libggml-cpu-haswell.so"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="of LD_LIBRARY_PATH")
-def test_the_cpu_library_uses_the_base_of_its_own_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not one that LD_LIBRARY_PATH names: without a usable base, no library can be asked. Folders have any names."""
-    own, other = tmp_path / "its\nown", tmp_path / "other"
-    own.mkdir()
-    other.mkdir()
-    compiler = find_compilers("cpu")["C"].path
-    for name, source, linked in (
-        ("libggml-base.so", "int base(void) { return 7; }", []),
-        (
-            "libggml-cpu-x64.so",
-            "int base(void); int ggml_backend_score(void) { return base(); }",
-            ["-L.", "-lggml-base", "-Wl,-rpath,$ORIGIN,--enable-new-dtags"],
-        ),
-        ("libggml-cpu-zen4.so", "int ggml_backend_score(void) { return 0; }", []),
-    ):
-        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-x", "c", "-", "-o", name, *linked]
-        subprocess.run(command, input=source, text=True, check=True, cwd=own)
-    (other / "libggml-base.so").write_text("of another program")
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(other))
-    assert cpu_library(own) == own / "libggml-cpu-x64.so"
 
 
 def test_a_build_for_all_cpus_does_not_depend_on_this_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,31 +61,13 @@ def test_path_prints_the_folder_with_bin_and_lib(built: Path) -> None:
         assert Path(told.stdout.rstrip("\n"), "lib").is_dir()
 
 
-def test_building_what_is_built_prints_its_path_and_nothing_else(built: Path) -> None:
-    told = call(built, "build")
-    assert told.returncode == 0
-    assert told.stdout == call(built, "path").stdout
-    assert told.stderr == ""
-
-
-def test_path_before_a_build_says_to_build(tmp_path: Path) -> None:
-    tiny_llama.make(tmp_path)
-    told = call(tmp_path, "path", "--upstream")
-    assert told.returncode == 1
-    assert "kimi-llama build --upstream" in told.stderr
-    assert told.stdout == ""
-
-
 @pytest.mark.parametrize(
     ("words", "found"),
     [
         (["--workers", "foo"], "foo"),
         (["--rpc", "10.0.0.2"], "10.0.0.2"),
-        (["--workers", "10.0.0.2:50052,other:"], "other:"),
-        (["--workers", "10.0.0.2:50052,"], "nothing"),
         (["--workers", "[::1]:50052"], "[::1]:50052"),
         (["-n", "3", "--workers"], "nothing"),
-        (["--workers=foo"], "foo"),
     ],
 )
 def test_a_worker_is_named_by_its_address(built: Path, words: list[str], found: str) -> None:
@@ -112,9 +94,7 @@ def test_a_tool_gets_the_model_the_defaults_and_the_callers_arguments(built: Pat
     assert "--no-conversation" in words
 
 
-@pytest.mark.parametrize(
-    "prompt", [[], ["-p", "x"], ["--prompt=x"], ["-f", "x"], ["-cnv"], ["-n", "3"]], ids=" ".join
-)
+@pytest.mark.parametrize("prompt", [[], ["-p", "x"]], ids=" ".join)
 def test_a_failure_is_not_blamed_on_the_prompt(prompt: list[str], built: Path) -> None:
     """The miniature's program always fails, with status 7; llama-completion without a prompt has another one."""
     ended = call(built, "run", str(built / "model.gguf"), *prompt)
@@ -132,7 +112,7 @@ def with_key(path: Path, begins: bool) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("words", [[], ["-n", "3"], ["-md", "DRAFT"]], ids=" ".join)
+@pytest.mark.parametrize("words", [[], ["-md", "DRAFT"]], ids=" ".join)
 def test_a_model_that_begins_no_text_needs_a_prompt(tmp_path: Path, words: list[str]) -> None:
     """Said before a build is made."""
     tiny_llama.make(tmp_path)
@@ -151,8 +131,6 @@ def test_a_model_that_begins_no_text_needs_a_prompt(tmp_path: Path, words: list[
         (True, []),
         (False, ["-p", "x"]),
         (False, ["-cnv"]),
-        (False, ["--help"]),
-        (False, ["--prompt-cache", "f"]),
     ],
 )
 def test_what_needs_no_prompt_is_run(built: Path, begins: bool, words: list[str]) -> None:
@@ -232,9 +210,7 @@ def test_prompts_of_one_user_are_evaluated_in_long_ubatches(built: Path) -> None
     [
         ((300,), 400, True),
         ((300,), 399, False),
-        ((150, 150), 400, True),
         ((150, 151), 400, False),
-        ((3,), 0, False),
         ((1,), None, False),
     ],
 )
@@ -269,13 +245,6 @@ def test_a_draft_model_is_used_and_not_only_loaded(built: Path, draft: str) -> N
     assert "--no-conversation" not in words, "llama-speculative-simple knows no conversations"
 
 
-def test_the_callers_kind_of_draft_stays(built: Path) -> None:
-    model = str(built / "model.gguf")
-    told = call(built, "run", model, "-md", model, "--spec-type", "draft-mtp")
-    assert told.stdout.splitlines()[-4:] == ["-md", model, "--spec-type", "draft-mtp"]
-    assert "draft-simple" not in told.stdout
-
-
 def test_a_kind_of_draft_without_a_draft_model_is_used(built: Path) -> None:
     result = call(built, "run", str(built / "model.gguf"), "--spec-type", "ngram-cache", "-n", "3")
     assert result.returncode == 8, "llama-completion knows no drafts"
@@ -297,7 +266,7 @@ def test_a_file_must_have_the_mtp_layer_that_drafts(built: Path, kind: list[str]
         assert ("--no-mtp" in result.stderr) == (layers == 0)
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "serve", "quantize"])
+@pytest.mark.parametrize("command", ["run", "quantize"])
 def test_run_and_chat_refuse_a_model_without_a_tokenizer(built: Path, command: str) -> None:
     path = built / "generated.gguf"
     writer = GGUFWriter(path, "kimi-linear")
@@ -318,7 +287,7 @@ def test_a_missing_draft_is_said_at_once(built: Path) -> None:
     assert "absent.gguf: no such file" in told.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "serve", "quantize"])
+@pytest.mark.parametrize("command", ["run", "quantize"])
 def test_a_missing_model_is_said_at_once(built: Path, command: str) -> None:
     told = call(built, command, str(built / "absent.gguf"))
     assert told.returncode == 1
@@ -391,8 +360,9 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "serve", "quantize", "run -md"])
-@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize(
+    ("damage", "command"), [*zip(DAMAGED, ["run", "serve", "quantize", "run -md"], strict=True)]
+)
 def test_a_damaged_file_is_said_before_a_build_is_made(tmp_path: Path, damage: str, command: str) -> None:
     tiny_llama.make(tmp_path)
     path, (content, said) = tmp_path / "model.gguf", DAMAGED[damage]
@@ -461,15 +431,6 @@ def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -
         kimi_llama.main([command, "--help"])
     assert caught.value.code == 0
     assert f"kimi-llama {command}" in capsys.readouterr().out.split("examples:")[1]
-
-
-def test_doctor_without_a_build_is_not_well(tmp_path: Path) -> None:
-    tiny_llama.make(tmp_path)
-    told = call(tmp_path, "doctor", "--json")
-    assert told.returncode == 1
-    report = json.loads(told.stdout)
-    assert report["healthy"] is False
-    assert report["engines"] == []
 
 
 def test_doctor_says_once_that_nothing_is_built(tmp_path: Path) -> None:

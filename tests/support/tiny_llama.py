@@ -13,6 +13,8 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,10 +177,33 @@ def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str
 
 
 def call(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `kimi-llama` on the miniature in a folder, and wait for it."""
-    process = start(folder, "kimi-llama", *arguments, **environment)
-    out, err = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    """Run `kimi-llama` on the miniature in a folder, and wait for it. A copy of this process needs no imports."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = os.fork()
+        if process == 0:
+            os.environ.update(environment)
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            os._exit(_exit_status([str(folder), "kimi-llama", *arguments]))
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(arguments, status, out.read(), err.read())
+
+
+def _exit_status(arguments: list[str]) -> int:
+    """Run `main` to the end of a process, as Python would."""
+    status: object = 1
+    try:
+        status = main(arguments)
+    except SystemExit as ended:
+        status = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status if isinstance(status, int) else 1
 
 
 def main(arguments: list[str]) -> int:

@@ -18,6 +18,7 @@ from kimi_gguf.tools.measure_conversion import different_tensors, measure, page
 pytestmark = pytest.mark.engine
 
 
+@pytest.mark.full
 def test_both_converters_give_the_same_tensors_and_a_page(
     tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

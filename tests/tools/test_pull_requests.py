@@ -16,7 +16,6 @@ from kimi_gguf.patches.series import FIXES, Series, load_series
 from kimi_gguf.patches.tree import Tree
 from kimi_gguf.tools.patch_index import UPSTREAM_PAGE, upstream_page
 from kimi_gguf.tools.pull_request import (
-    NO_TEST,
     PullRequest,
     folder_files,
     load_pull_requests,
@@ -79,20 +78,6 @@ def test_its_test_fails_without_the_fix_and_passes_with_it(request_: PullRequest
     assert prove(request_, upstream_source() / "llama.cpp", work) is None
 
 
-def test_titles_have_upstreams_form() -> None:
-    for request in REQUESTS:
-        assert re.fullmatch(r"[\w, .-]+ : [^:]+(:.*)?", request.title), request.title
-        assert request.patch.reason and "Effect:" not in request.patch.reason
-
-
-def test_the_notes_say_what_fails_or_that_there_is_no_test() -> None:
-    for request in REQUESTS:
-        notes = request.notes()
-        assert (request.test.fails if request.test else NO_TEST) in notes
-        for before in request.needs:
-            assert before.title in notes
-
-
 def test_the_page_lists_all() -> None:
     page = UPSTREAM_PAGE.read_text(encoding="utf-8")
     assert page == upstream_page(load_series(), page), "run: tools/run patches index"
@@ -125,23 +110,9 @@ def test_the_commit_contains_fix_sources_and_test(tmp_path: Path) -> None:
     assert "The test asks for the answer." in request.notes()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("Fails: answer 1\n", ""), "no Fails"),
-        (("tests/test-answer.cpp", "src/other.cpp"), r"changes of src/other\.cpp"),
-        ((TEST[TEST.index("diff") :], ""), "diff of tests"),
-    ],
-)
-def test_a_malformed_test_is_refused_by_name(tmp_path: Path, change: tuple[str, str], message: str) -> None:
-    with pytest.raises(PatchError, match=message) as caught:
-        tiny_request(tmp_path, TEST.replace(*change))
-    assert "0001-answer.pr" in str(caught.value)
-
-
-def test_the_measured_effect_is_in_the_notes(tmp_path: Path) -> None:
-    text = TEST.replace("\n\ndiff", "\nMeasured: Two answers\n  instead of one.\n\ndiff")
-    assert "\n\nMeasured: Two answers instead of one.\n\n" in tiny_request(tmp_path, text)[1].notes()
+def test_a_malformed_test_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match=r"0001-answer\.pr.*no Fails"):
+        tiny_request(tmp_path, TEST.replace("Fails: answer 1\n", ""))
 
 
 def test_a_test_without_a_fix_is_refused(tmp_path: Path) -> None:
@@ -184,39 +155,6 @@ def test_only_a_test_that_fails_for_its_reason_without_the_fix_is_a_proof(
     assert built == [False, True][: len(outcomes)]
 
 
-def test_a_tree_on_which_the_test_does_not_apply_is_not_clear(tmp_path: Path) -> None:
-    _, request = tiny_request(tmp_path)
-    tiny_llama.write_tree(tmp_path / "tree", {"tests/test-answer.cpp": "int main() {}\n"})
-    assert without_fix(request, tmp_path / "tree", tmp_path)[0] == OTHER
-
-
-def test_a_test_program_is_compiled_by_cmake_and_run(tmp_path: Path) -> None:
-    program = (
-        'test-unicode.cpp\n@@ -1 +1 @@\n-int main() {}\n+#include "../src/answer.cpp"\n+#include <cstdio>\n'
-    )
-    program += '+int main() { std::printf("answer %d\\n", answer()); return answer() == 1; }\n'
-    head = "diff --git a/tools/tests/X b/tools/tests/X\n--- a/tools/tests/X\n+++ b/tools/tests/"
-    text = (
-        TEST[: TEST.index("diff")]
-        .replace("test-answer --all", "test-unicode")
-        .replace("test-answer", "test-unicode")
-    )
-    text += (head + program.replace("@@ -1 +1 @@", "@@ -1 +1,3 @@")).replace("/X", "/test-unicode.cpp")
-    files = dict(tiny_llama.FILES)
-    files["tools/tests/test-unicode.cpp"] = files.pop("tools/test-unicode.cpp")
-    files["CMakeLists.txt"] += "target_sources(test-unicode PRIVATE tools/tests/test-unicode.cpp)\n"
-    files["CMakeLists.txt"] = files["CMakeLists.txt"].replace(
-        "add_executable(${name} tools/${name}.cpp)",
-        "add_executable(${name})\n    if (NOT name STREQUAL test-unicode)\n"
-        "        target_sources(${name} PRIVATE tools/${name}.cpp)\n    endif()",
-    )
-    series = tiny_llama.make(tmp_path, files).series
-    text = text.replace("../src", "../../src")
-    (tmp_path / "series/fixes/0001-answer.pr").write_text(text)
-    (request,) = load_pull_requests(series, tmp_path / "series" / FIXES)
-    assert prove(request, tmp_path / "tree", tmp_path / "work") is None
-
-
 SCRIPT = """Run: python3 tests/test-answer.py
 Fails: answer 1
 Shows: The test reads the answer.
@@ -239,45 +177,6 @@ def test_a_script_is_run_without_compiling(tmp_path: Path) -> None:
     assert prove(request, tmp_path / "tree", tmp_path / "work") is None
     assert not (tmp_path / "work/build").exists()
     assert "cmake" not in request.notes() and "    python3 tests/test-answer.py\n" in request.notes()
-
-
-SERVER_TEST = """import utils
-
-
-def test_presets():
-    utils.ServerPreset.load_all()
-    assert "KIMI_ANSWER" in open("../../../src/answer.cpp").read(), "answer 1"
-"""
-DOWNLOADING_UTILS = """import wget
-
-
-class ServerPreset:
-    @staticmethod
-    def load_all():
-        raise OSError("no network")
-"""
-
-
-def test_a_test_of_the_server_runs_without_upstreams_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = SERVER_TEST.splitlines()
-    diff = "diff --git a/tools/server/tests/unit/test_a.py b/tools/server/tests/unit/test_a.py\nnew file mode 100644\n"
-    diff += f"--- /dev/null\n+++ b/tools/server/tests/unit/test_a.py\n@@ -0,0 +1,{len(lines)} @@\n"
-    text = f"Target: llama-server\nRun: pytest unit/test_a.py\nFails: answer 1\nShows: It asks.\n\n{diff}"
-    text += "".join(f"+{line}\n" for line in lines)
-    folder = "tools/server/tests/"
-    files = {
-        **tiny_llama.FILES,
-        f"{folder}utils.py": DOWNLOADING_UTILS,
-        f"{folder}conftest.py": "import utils\n",
-    }
-    series = tiny_llama.make(tmp_path, files).series
-    (tmp_path / "series/fixes/0001-answer.pr").write_text(text)
-    (request,) = load_pull_requests(series, tmp_path / "series" / FIXES)
-    monkeypatch.setattr("kimi_gguf.tools.upstream_tests._compile", lambda target, work: None)
-    assert prove(request, tmp_path / "tree", tmp_path / "work") is None
-    assert "cd tools/server/tests && pytest unit/test_a.py" in request.notes()
 
 
 def test_pull_requests_are_chosen_by_number() -> None:
