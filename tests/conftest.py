@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from compiled import FOLDER, forget
 from metal_program import compile_metal_backend
 
 from kimi_gguf.convert.conversion import convert
@@ -74,16 +75,18 @@ def _is_after(tier: str, config: pytest.Config) -> bool:
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """This machine's cache; code in the tests sees a cache that contains only the two builds of the tests.
 
-    A build for a GPU, or one with other options, could otherwise be chosen instead of the build under test.
+    What compilers make for the tests is shared by all runs. A build for a GPU, or one with other options, could
+    otherwise be chosen instead of the build under test.
     """
     shared, own = cache_folder(), tmp_path_factory.mktemp("cache")
     (own / "engines").mkdir()
     for name in ("downloads", "sources"):
         (shared / name).mkdir(parents=True, exist_ok=True)
         (own / name).symlink_to(shared / name)
-    run = own.parents[1] if "PYTEST_XDIST_WORKER" in os.environ else own.parent
+    objects = shared / "test-objects"
+    forget(objects)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KIMI_EMULATOR_OBJECTS", str(run / "emulator-objects"))
+        patch.setenv(FOLDER, str(objects))
         patch.setenv("KIMI_GGUF_CACHE", str(own))
         patch.delenv("KIMI_BUILD", raising=False)
         for upstream in (False, True):

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llama_script import Logits, Played, PlayError, Setup, assert_same, decode, play, text
-from native_program import NATIVE, compile_backend, run_program
+from native_program import compile_backend, compile_shim, run_program
 from random_checkpoint import VOCAB_SIZE, Spec
 from rpc_workers import rpc_workers
 from synthetic_case import make_gguf
@@ -521,9 +521,7 @@ def test_a_device_with_single_tensors_is_checked(world: World, tmp_path: Path) -
 
 def test_the_pipe_is_not_inherited(world: World, tmp_path: Path) -> None:
     """Not even by a process that another thread starts at that moment: kimi-verify would seem to hang."""
-    shim = tmp_path / "pipes.so"
-    options = ["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run(["cc", *options, "-o", shim, NATIVE / "inherited_pipes.c"], check=True)
+    shim = compile_shim("inherited_pipes.c", tmp_path)
     log = tmp_path / "log"
     played = world.play(tmp_path, LD_PRELOAD=str(shim), PIPE_LOG=str(log))
     assert "6 of 6 passed" in played.log

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from native_program import compile_shim
 from random_checkpoint import Spec
-from small_memory import compile_shim, complete
+from small_memory import SHIM, complete
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
@@ -36,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_shim(tmp_path_factory.mktemp("shim"))
+    return compile_shim(SHIM, tmp_path_factory.mktemp("shim"))
 
 
 def log(engine: Engine, model: Path, shim: Path, available: int, *options: str) -> str:

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from native_program import compile_program, run_program
+from native_program import compile_program, compile_shim, run_program
 from random_checkpoint import Spec
-from small_memory import compile_shim, complete
+from small_memory import SHIM, complete
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def events(engine: Engine, model: Path, folder: Path, **environment: str) -> list[tuple[str, str]]:
     """What a program asks of Linux for the mapped model: calls and addresses, in order."""
-    found = EVENT.findall(complete(engine, model, compile_shim(folder), **environment))
+    found = EVENT.findall(complete(engine, model, compile_shim(SHIM, folder), **environment))
     mapped = {address for call, address in found if "POPULATE" in call}
     return [event for event in found if event[1] in mapped]
 

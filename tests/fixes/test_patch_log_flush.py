@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from native_program import compile_shim
 from random_checkpoint import Spec
 from synthetic_case import make_case
 
@@ -17,13 +18,11 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="slows a program down through LD_PRELOAD"),
 ]
 PROMPT = "the hat is on the tin"
-SHIM = Path(__file__).parents[1] / "native" / "slow_flush.c"
 
 
 def output_with_a_slow_log(engine: Engine, folder: Path) -> str:
     """The output of the program if its log's thread takes 0.2 s for each piece of text."""
-    shim = folder / "slow_flush.so"
-    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", shim, SHIM], check=True)
+    shim = compile_shim("slow_flush.c", folder)
     command = [engine.bin / "llama-completion", "--model", make_case(folder, Spec(seed=80)).gguf]
     command += ["--prompt", PROMPT, "-n", "1", "--no-conversation", "--threads", "1", "--verbosity", "2"]
     slow = {"LD_PRELOAD": str(shim)}

@@ -33,6 +33,6 @@ def test_a_model_is_mapped_wherever_its_file_has_the_tensors(
     embedded = tmp_path / "embedded"
     embedded.write_bytes(bytes(position) + model.read_bytes())
     headers = upstream_source() / "llama.cpp" / "include"
-    llama = ("-isystem", str(headers), f"-L{engine.lib}", "-Wl,--no-as-needed", "-lllama")
+    llama = ("-isystem", str(headers), f"-L{engine.lib.resolve()}", "-Wl,--no-as-needed", "-lllama")
     program = compile_program(engine, "mapped-model-test.cpp", tmp_path, options=llama)
     run_program(program, embedded, str(position))

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 from llama_server import BUSY, ask, wait_for_slots
+from native_program import compile_shim
 
 from kimi_gguf.bench.server import RunningServer, free_port, running
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
-SHIM = Path(__file__).parents[1] / "native" / "signal_at.c"
 PLACES = ("sigaction", "pthread_cond_broadcast")
 preloads = pytest.mark.skipif(sys.platform != "linux", reason="sends the signal through LD_PRELOAD")
 ENDLESS = {"n_predict": 10**6, "max_tokens": 10**6, "ignore_eos": True}
@@ -53,8 +53,7 @@ def status_if_interrupted(
 
     patience: how many seconds to wait for the answer, and then for the end.
     """
-    shim, port = folder / "signal_at.so", free_port()
-    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", shim, SHIM], check=True)
+    shim, port = compile_shim("signal_at.c", folder), free_port()
     command = [engine.bin / "llama-server", "--model", gguf, "--threads", "1", "--port", str(port)]
     with (folder / "server.log").open("wb") as log:
         variables = {"LD_PRELOAD": str(shim), "SIGNAL_AT": place}

@@ -6,7 +6,6 @@ Models run on the backend with `llama_script.play`: `on_metal` is the setup, `di
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import native_program
+from compiled import compile_once
 from emulators.metal import compile_backend, compile_device
 from emulators.metal.build import DEVICE, DEVICE_OPTIONS, HEADERS
 from llama_script import Setup
@@ -35,8 +35,8 @@ def compile_metal(name: str, folder: Path) -> Path:
         *HEADERS,
         f"-I{NATIVE}",
     ]
-    command += [str(NATIVE / f"{name}.cpp"), str(device), f"-Wl,-rpath,{device.parent}"]
-    subprocess.run([*command, "-o", str(folder / name)], check=True)
+    command += [str(NATIVE / f"{name}.cpp"), str(device), "-Wl,-rpath,$ORIGIN"]
+    compile_once(command, folder / name)
     return folder / name
 
 

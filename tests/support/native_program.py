@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from compiled import compile_once
+
 from kimi_gguf.engine.builds import Engine, ensure, upstream_source
 from kimi_gguf.engine.toolchain import find_compilers
 
@@ -84,26 +86,25 @@ def roll_back_on_device(
     return set(log.read_text().splitlines())
 
 
-# By command: tests compile the same program into folders of their own.
-_compiled: dict[tuple[str, ...], bytes] = {}
-
-
 def _compile(engine: Engine, files: list[Path], target: Path, options: list[str]) -> None:
     ggml = upstream_source() / "llama.cpp" / "ggml"
     command = [find_compilers("cpu")["C++"].path, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
     command += ["-isystem", str(ggml / "include"), "-isystem", str(ggml / "src"), f"-I{OPERATORS}", *options]
-    words = (*command, *map(str, files), *ggml_libraries(engine))
-    if words in _compiled:
-        target.write_bytes(_compiled[words])
-        target.chmod(0o755)
-    else:
-        subprocess.run([*words, "-o", str(target)], check=True)
-        _compiled[words] = target.read_bytes()
+    compile_once([*command, *map(str, files), *ggml_libraries(engine)], target)
+
+
+def compile_shim(name: str, folder: Path) -> Path:
+    """Compile tests/native/NAME, in C, into a library for LD_PRELOAD in `folder`."""
+    library = folder / f"{Path(name).stem}.so"
+    options = ["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    compile_once([find_compilers("cpu")["C"].path, *options, str(NATIVE / name)], library)
+    return library
 
 
 def ggml_libraries(engine: Engine) -> list[str]:
-    """Linker options."""
-    return [f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base", "-ldl", f"-Wl,-rpath,{engine.lib}"]
+    """Linker options. The path has the build's key, so that a kept program runs the build under test."""
+    lib = engine.lib.resolve()
+    return [f"-L{lib}", "-lggml", "-lggml-cpu", "-lggml-base", "-ldl", f"-Wl,-rpath,{lib}"]
 
 
 if __name__ == "__main__":  # FOLDER: for tools/bench-gpu --rehearse

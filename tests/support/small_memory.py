@@ -1,6 +1,6 @@
 """llama-completion with native/small_memory.c preloaded, which tells it how much memory is available.
 
-`compile_shim` makes the library; `complete` returns what the program printed: its log, and how it mapped the file.
+`complete` returns what the program printed: its log, and how it mapped the file.
 """
 
 from __future__ import annotations
@@ -10,16 +10,7 @@ from pathlib import Path
 
 from kimi_gguf.engine.builds import Engine
 
-SOURCE = Path(__file__).parents[1] / "native" / "small_memory.c"
-
-
-def compile_shim(folder: Path) -> Path:
-    """The library for LD_PRELOAD."""
-    library = folder / "small_memory.so"
-    subprocess.run(
-        ["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, SOURCE], check=True
-    )
-    return library
+SHIM = "small_memory.c"  # of tests/native: the library for LD_PRELOAD
 
 
 def complete(engine: Engine, model: Path, shim: Path, *options: str, **environment: str) -> str:

@@ -6,19 +6,18 @@ include/, each source as a separate translation unit.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from compiled import compile_once
 from emulators.common import INCLUDE as COMMON
 from emulators.cuda.rewrite import rewrite_tree
 
 INCLUDE = Path(__file__).parent / "include"
 STUBS = Path(__file__).parent / "stubs"  # headers that are missing in a toolkit without cuBLAS
-KEPT = "KIMI_EMULATOR_OBJECTS"  # environment variable: a folder in which the objects of kernels are kept
 
 # Checks of running kernels: see include/cuda_emulator/checks.h.
 CHECKS = ("alignment", "bounds", "null", "shift-exponent", "integer-divide-by-zero")
@@ -52,8 +51,6 @@ def compile_objects(
 ) -> list[Path]:
     """Compile each of `sources` to an object, several at a time; objects and rewritten sources are stored in `work`.
 
-    Objects of kernels are in the folder KIMI_EMULATOR_OBJECTS if that is set. Equal kernels are compiled only once.
-
     include: folders for #include "…", also those of .cuh files. system: the same without warnings.
     options: additional options of the compiler.
     races: also detect races in shared memory, at each access (include/cuda_emulator/races.h); slower.
@@ -78,14 +75,8 @@ def compile_objects(
         folder.mkdir(parents=True, exist_ok=True)
         text = rewrite_tree(source, folder, [*include, *system]) if kernel else source
         words = [*command, *(checks if kernel else [])]
-        target = kept = folder / "object.o"
-        if kernel and KEPT in os.environ:
-            kept = Path(os.environ[KEPT]) / f"{_digest(words, folder)}.o"
-        if not kept.exists():
-            _run([*words, *folders, "-c", str(text), "-o", str(target)])
-            kept.parent.mkdir(exist_ok=True)
-            target.replace(kept)
-        return kept
+        _run([*words, *folders, "-c", str(text)], folder / "object.o")
+        return folder / "object.o"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, range(len(sources)), sources))
@@ -95,23 +86,16 @@ def link_program(
     objects: Sequence[Path], program: Path, *, link: Sequence[str] = (), compiler: str | None = None
 ) -> Path:
     """Link objects of `compile_objects`. link: options of the linker. Raises `CompileError`."""
-    _run([_compiler(compiler), "-pthread", *map(str, objects), "-o", str(program), *link])
+    _run([_compiler(compiler), "-pthread", *map(str, objects), *link], program)
     return program
-
-
-def _digest(words: Sequence[str], folder: Path) -> str:
-    """Identifies an object: the options, and the rewritten sources, which name other headers by absolute path."""
-    digest = hashlib.sha256("\0".join(words).encode())
-    for path in sorted(folder.iterdir()):
-        digest.update(path.read_bytes().replace(str(folder).encode(), b""))
-    return digest.hexdigest()
 
 
 def _compiler(chosen: str | None) -> str:
     return chosen or os.environ.get("CXX") or "g++"
 
 
-def _run(command: Sequence[str]) -> None:
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ended.returncode != 0:
-        raise CompileError(f"$ {' '.join(command)}\n{ended.stderr}")
+def _run(command: Sequence[str], target: Path) -> None:
+    try:
+        compile_once(command, target)
+    except subprocess.CalledProcessError as error:
+        raise CompileError(f"$ {' '.join(command)}\n{error.stderr}") from None

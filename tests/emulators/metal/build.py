@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from compiled import FOLDER, compile_once, environment_digest
 from emulators.common import INCLUDE as COMMON
 from emulators.metal.rewrite import rewrite
 
@@ -122,11 +123,12 @@ def compile_device(folder: Path, kernels: Iterable[Path], *, include: Sequence[P
     """
     folder = folder.resolve()
     (folder / "kernels").mkdir(parents=True, exist_ok=True)
-    own = [*HEADERS, f'-DMETAL_EMULATOR_KERNELS="{folder}/kernels"']
     sources = sorted(DEVICE.glob("*.cpp"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         listed = pool.map(lambda source: _rewrite(source, folder / "kernels", include), kernels)
-        objects = list(pool.map(lambda source: _compile(source, [*DEVICE_OPTIONS, *own], folder), sources))
+        objects = list(
+            pool.map(lambda source: _compile(source, [*DEVICE_OPTIONS, *HEADERS], folder), sources)
+        )
         (folder / "kernels" / "kernels").write_text("".join(listed), encoding="utf-8")
     library = _link(objects, folder / "libmetal-emulator.so", ["-ldl"])
     _write_script(folder / "kernels" / "compile", library)
@@ -173,7 +175,7 @@ def _link(objects: Sequence[Path], library: Path, link: Sequence[str]) -> Path:
         f"-Wl,-soname,{library.name}",
         "-Wl,-rpath,$ORIGIN",
     ]
-    _run([_compiler(), *options, *map(str, objects), "-o", str(library), *link])
+    _once([_compiler(), *options, *map(str, objects), *link], library)
     return library
 
 
@@ -227,30 +229,31 @@ def _rewrite(source: Path, folder: Path, include: Sequence[Path]) -> str:
 
 def _compile(source: Path, options: Sequence[str], folder: Path) -> Path:
     target = folder / f"{source.name}.o"
-    _run([_compiler(), *options, "-c", str(source), "-o", str(target)])
+    _once([_compiler(), *options, "-c", str(source)], target)
     return target
 
 
 def _write_script(script: Path, library: Path) -> None:
     """`compile NAME SOURCE [CHECKS]`: NAME.cpp, which includes SOURCE, to NAME.so, without these checks.
 
-    The compiler's output is in NAME.log. Objects are in the folder KIMI_EMULATOR_OBJECTS if that is set: equal kernels
-    are compiled only once.
+    The compiler's output is in NAME.log. Objects are in the folder of compile_once: equal kernels are compiled once.
     """
     options = shlex.join([*HEADERS, *KERNEL_OPTIONS])
+    digest = environment_digest(_compiler(), [INCLUDE, COMMON])
     script.write_text(
         f"""#!/bin/sh
 cd "$(dirname "$0")" || exit 1
-kept=${{KIMI_EMULATOR_OBJECTS:-.}}
+kept=${{{FOLDER}:-.}}
 mkdir -p "$kept"
 unchecked=${{3:+"-fno-sanitize=$3"}}
 case "$3" in *alignment*) unchecked="$unchecked -DMETAL_EMULATOR_ANY_ADDRESS" ;; esac
-digest=$( (echo "$3" && cat "$1.cpp" "$2") | sha256sum)
-object=$kept/metal-${{digest%% *}}.o
+paths='s|^\\(# [0-9]* "\\)/.*/|\1|' # of line markers
+digest=$( (echo {digest} {shlex.quote(options)} "$3" && cat "$1.cpp" && sed "$paths" "$2") | sha256sum)
+object=$kept/${{digest%% *}}.o
 {{
-    {{ [ -e "$object" ] || {{
+    {{ touch -c "$object" && [ -e "$object" ]; }} || {{
         {_compiler()} {options} $unchecked -c "$1.cpp" -o "$object.$$" && mv "$object.$$" "$object"
-    }}; }} &&
+    }} &&
     {_compiler()} -shared "$object" -o "$1.$$.so" {shlex.quote(str(library))} '-Wl,-rpath,$ORIGIN/..' &&
     mv "$1.$$.so" "$1.so"
 }} > "$1.log" 2>&1
@@ -262,6 +265,13 @@ object=$kept/metal-${{digest%% *}}.o
 
 def _compiler() -> str:
     return os.environ.get("CXX") or "g++"
+
+
+def _once(command: Sequence[str], target: Path) -> None:
+    try:
+        compile_once(command, target)
+    except subprocess.CalledProcessError as error:
+        raise CompileError(f"$ {shlex.join(command)}\n{error.stderr}") from None
 
 
 def _run(command: Sequence[str]) -> str:

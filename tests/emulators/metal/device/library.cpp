@@ -1,5 +1,5 @@
-// Kernels as shared objects, compiled when a pipeline first needs them. The folder METAL_EMULATOR_KERNELS contains the
-// rewritten sources, the list `kernels` (name, source, function, parameters, checks that are left out, flags), and the script `compile` (build.py).
+// Kernels as shared objects, compiled when a pipeline first needs them. The folder kernels/ next to this library contains
+// the rewritten sources, the list `kernels` (name, source, function, parameters, checks that are left out, flags), and the script `compile` (build.py).
 
 #include "emulator.h"
 
@@ -59,9 +59,16 @@ struct Entry {
     std::unique_ptr<KernelObject> object;
 };
 
+std::string kernels_folder() {
+    Dl_info info;
+    dladdr(reinterpret_cast<const void *>(&kernels_folder), &info);
+    const std::string library = info.dli_fname;
+    return library.substr(0, library.rfind('/')) + "/kernels";
+}
+
 std::map<std::string, Entry> read_list() {
     std::map<std::string, Entry> entries;
-    std::ifstream                list(METAL_EMULATOR_KERNELS "/kernels");
+    std::ifstream                list(kernels_folder() + "/kernels");
     std::string                  line;
     while (std::getline(list, line)) {
         std::istringstream fields(line);
@@ -95,12 +102,12 @@ unsigned max_threads(const std::string & pipeline) {
 }
 
 std::string compile(const std::string & name, const Entry & entry) {
-    const std::string path = METAL_EMULATOR_KERNELS "/" + name;
+    const std::string path = kernels_folder() + "/" + name;
     if (access((path + ".so").c_str(), R_OK) != 0) {
         std::ofstream(path + ".cpp") << "#include \"" << entry.source << "\"\nMETAL_EMULATOR_EXPORT((" << entry.function
                                      << "), " << entry.parameters << ")\n";
         const std::string words  = name + " " + entry.source + " " + entry.unchecked;
-        const int         status = system(("'" METAL_EMULATOR_KERNELS "/compile' " + words).c_str());
+        const int         status = system(("'" + kernels_folder() + "/compile' " + words).c_str());
         if (status != 0) {
             throw Fault("the kernel " + name + " does not compile: see " + path + ".log");
         }
