@@ -75,14 +75,14 @@ def test_the_same_bits_for_any_number_of_threads(
     case: Case, way: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = decode("require", engine, case, monkeypatch, {**WAYS[way], "threads": 1})
-    for count in (2, 7) if way == "token by token" else (2, 7, 33, 100):
+    for count in (2, 7) if way == "token by token" else (7, 33):
         many = decode("require", engine, case, monkeypatch, {**WAYS[way], "threads": count})
         for a, b in zip(one.logits, many.logits, strict=True):
             np.testing.assert_array_equal(a, b, f"{count} threads")
 
 
-SIZES = (1, 1, 1, 1, 2, 3, 5, 8)  # of batches; they take long if there are many more threads than processors
-THREADS = (1, 2, 7, 33, 100)
+SIZES = (1, 1, 2, 3, 5, 8)  # of batches; they take long if there are many more threads than processors
+THREADS = (1, 2, 7, 33)
 
 
 def test_steps_have_the_same_bits_for_any_number_of_threads(case: Case, engine: Engine) -> None:
@@ -101,6 +101,11 @@ def test_steps_have_the_same_bits_for_any_number_of_threads(case: Case, engine: 
     assert not (one == chunked[: sum(SIZES)]).all()
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("small"), Spec(layers="KM", seed=64), TOKENS)
+
+
 # The value of the switch, and the resulting text in the log.
 CHOICES = {
     "": "operators in use",
@@ -114,10 +119,9 @@ CHOICES = {
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_the_log_says_what_is_used(
-    choice: str, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    choice: str, small: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = make_case(tmp_path, Spec(layers="KM", seed=64), TOKENS)
-    assert CHOICES[choice] in decode(choice, engine, case, monkeypatch, {}).log
+    assert CHOICES[choice] in decode(choice, engine, small, monkeypatch, {}).log
 
 
 UNFIT = {
@@ -145,9 +149,8 @@ def test_what_the_operators_cannot_do_falls_back_and_says_why(
     "value", ["scann", "OFF", "off ", ",", "conv,", "conv,,scan", "off,conv", "require,off"]
 )
 def test_an_invalid_value_is_an_error(
-    value: str, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    value: str, small: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = make_case(tmp_path, Spec(layers="KM", seed=67))
     monkeypatch.setenv("KIMI_OPS", value)
     with pytest.raises(ValidateError, match="KIMI_OPS: '"):
-        run(engine, case.gguf, [case.ids])
+        run(engine, small.gguf, [small.ids])

@@ -74,9 +74,15 @@ def world(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(engine, gguf, compile_backend(engine, folder), expected)
 
 
-@pytest.mark.parametrize("kqv", [True, False], ids=["kqv", "nkvo"])
-@pytest.mark.parametrize("flash", ATTENTION, ids=ATTENTION.get)
-@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize(
+    ("layers", "flash", "kqv"),
+    [
+        pytest.param(layers, flash, kqv, id=f"{layers}-{ATTENTION[flash]}-{'kqv' if kqv else 'nkvo'}")
+        for i, layers in enumerate(LAYERS)  # each pair of values
+        for flash in ATTENTION
+        for kqv in [flash == bool(i % 2)]
+    ],
+)
 def test_any_placement_of_layers_and_caches(
     layers: int, flash: bool, kqv: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize("name", ["F32, unified", "Q8_0, rollback"])
 def test_it_goes_on_as_if_nothing_had_happened(
     name: str, way: str, gguf: Path, engine: Engine, tmp_path: Path
 ) -> None:
@@ -99,7 +99,7 @@ def test_between_upstream_and_patched(
         assert error_of(there, last(here, going_on(0))).in_all < 1e-4
 
 
-@pytest.mark.parametrize("cache_type", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("cache_type", ["F32", "Q8_0"])
 def test_tokens_taken_back_after_a_restore(
     cache_type: str, gguf: Path, engine: Engine, tmp_path: Path
 ) -> None:
