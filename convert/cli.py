@@ -19,8 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
+from kimi_gguf.convert.adapter.gguf import TYPES_OF_ADAPTERS, convert_adapter
+from kimi_gguf.convert.adapter.pairs import is_adapter
+from kimi_gguf.convert.adapter.peft_config import read_peft_config
 from kimi_gguf.convert.card.text import licence_note
 from kimi_gguf.convert.conversion import Options, convert, plan_only, silent, silently
+from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.inspect_model import inspect_model, summary_text
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.unfinished import leftover
@@ -62,6 +66,8 @@ examples:
       routed experts keep their MXFP4 values, all other matrices are BF16
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-BF16.gguf --split-max-size 40G --model-card
       write splits kimi-linear-BF16-00001-of-00003.gguf ..., and a README.md for Hugging Face
+  convert-kimi my-adapter -o my-adapter.gguf --base Kimi-Linear-48B-A3B-Instruct
+      convert a LoRA adapter of PEFT, for --lora of kimi-llama run, chat and serve
   convert-kimi verify kimi-linear-q4.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct
       verify a file by converting it again and comparing bytes; of a split model give the first split
   convert-kimi inspect kimi-linear-q4.gguf --context 131072
@@ -86,6 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--recipe: sets the types of all tensors; remove {' and '.join(given)}")
     try:
         check_paths(options)
+        if act is _convert and is_adapter(options.source):
+            act = _convert_adapter
+        elif act is _convert and options.base is not None:
+            parser.error("--base: SRC is not the folder of an adapter (adapter_config.json)")
         with terminable():
             return act(options)
     except KimiError as error:
@@ -138,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     flag = partial(add, action="store_true")
     add("--version", action="version", version=f"kimi-gguf {VERSION}")
-    add("source", metavar="SRC", help=f"the checkpoint: {SOURCE}")
+    add("source", metavar="SRC", help=f"the checkpoint: {SOURCE}; or the folder of a LoRA adapter of PEFT")
     add("-o", "--output", metavar="OUT", type=Path, help="the GGUF file to write")
     text = "quantize to this file type (default: BF16; MXFP4 routed experts of the checkpoint stay MXFP4, as with "
     add("--type", metavar="TYPE", type=_file_type, help=f"{text}--recipe mxfp4)")
@@ -156,6 +166,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="set the type of the tensors whose names match a regular expression; may be repeated",
     )
+    text = "the checkpoint of an adapter (default: the one that its config names)"
+    add("--base", metavar="CHECKPOINT", help=text)
     flag("--no-mtp", help="leave out layers that predict further tokens (Ling 3); the file cannot draft then")
     flag("--pure", help="use TYPE for all tensors instead of its mix")
     flag(
@@ -325,6 +337,42 @@ def _convert(options: argparse.Namespace) -> int:
         card = options.output.with_name(CARD)
         if options.model_card and (note := licence_note(facts, card, options.source)):
             print(f"{PROGRAM}: note: {note}", file=sys.stderr)
+    return 0
+
+
+# Options that adapters take; the others belong to models.
+_OF_ADAPTERS: Final = ("source", "output", "type", "base", "name", "force", "quiet", "json")
+
+
+def _convert_adapter(options: argparse.Namespace) -> int:
+    """Convert an adapter instead of a model."""
+    defaults = vars(_parser().parse_args(["x"]))
+    if ignored := [name for name, value in vars(options).items()
+                   if name not in _OF_ADAPTERS and value != defaults[name]]:  # fmt: skip
+        option = f"--{ignored[0].replace('_', '-')}"
+        raise ConvertError(
+            f"{options.source}: is an adapter", todo=f"leave out {option}, which is for models"
+        )
+    kind = options.type or TYPES["F32"]
+    if kind.name not in TYPES_OF_ADAPTERS:
+        raise ConvertError(
+            f"{options.source}: is an adapter",
+            expected=f"--type {', '.join(TYPES_OF_ADAPTERS)}",
+            found=kind.name,
+        )
+    folder = Path(options.source)
+    base = options.base or read_peft_config(folder).base
+    if base is None:
+        raise ConvertError(f"{folder}: names no base model", todo="give its checkpoint: --base CHECKPOINT")
+    display = silent if options.quiet else for_programs if options.json else for_people
+    plan = convert_adapter(
+        folder, base, options.output, kind, name=options.name, overwrite=options.force, progress=display
+    )
+    if options.json:
+        say("done", file=str(options.output), files=[str(options.output)], bytes=plan.nbytes)
+    elif not options.quiet:
+        tensors = f"{len(plan.tensors)} tensors ({type_counts(plan.tensors)})"
+        print(f"{options.output}: {plan.nbytes:,} bytes, {tensors}, an adapter of {base}", file=sys.stderr)
     return 0
 
 
