@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import tarfile
 from pathlib import Path
@@ -57,17 +56,6 @@ def test_without_network_the_download_says_what_to_do(
     assert listing(tiny.cache.downloads) == []
 
 
-def test_a_missing_build_backend_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "scikit_build_core" else find(name)
-    )
-    tiny = tiny_llama.make(tmp_path)
-    with pytest.raises(EngineError, match="scikit-build-core") as caught:
-        archive.obtain(tiny.pin, tiny.cache.downloads, None, Silent())
-    assert "pip install" in str(caught.value)
-
-
 def member(name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> tarfile.TarInfo:
     """An archive member without content."""
     info = tarfile.TarInfo(name)
@@ -105,13 +93,6 @@ def test_unpacking_takes_the_wanted_folders_without_git_files(tmp_path: Path) ->
     archive.unpack(path, {"t/llama.cpp": tmp_path / "out"})
     assert listing(tmp_path / "out") == ["a", "a/b.txt"]
     assert (tmp_path / "out/a/b.txt").read_text() == "b"
-
-
-def test_an_archive_without_llama_cpp_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "some.tar.gz"
-    tiny_llama.pack(path, {"t/other/c.txt": "c"})
-    with pytest.raises(EngineError, match=r"no t/llama\.cpp"):
-        archive.unpack(path, {"t/llama.cpp": tmp_path / "out"})
 
 
 @pytest.mark.parametrize("kind", ["gz", "xz"])

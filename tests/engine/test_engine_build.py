@@ -81,14 +81,6 @@ def test_the_upstream_build_compiles_only_what_the_patches_touch(
     assert "steady.cpp" not in log
 
 
-def test_building_again_does_nothing(tiny: tiny_llama.Tiny) -> None:
-    place = tiny.build()
-    before = (place / "manifest.json").stat().st_mtime_ns
-    tiny.archive.unlink()  # not read
-    assert tiny.build() == place
-    assert (place / "manifest.json").stat().st_mtime_ns == before
-
-
 def test_tests_are_added_to_a_build_that_has_none(tiny: tiny_llama.Tiny) -> None:
     place = tiny.build()
     assert "test-unicode" not in names(place / "bin")
@@ -125,16 +117,6 @@ def test_a_missing_compiler_is_named(tiny: tiny_llama.Tiny, monkeypatch: pytest.
     monkeypatch.setattr(shutil, "which", without(shutil.which, "c++", "g++", "clang++"))
     assert "install" in refused(tiny, r"no C\+\+ compiler found")
     assert names(tiny.cache.root) == []
-
-
-def test_a_compiler_that_does_not_work_is_named(
-    tiny: tiny_llama.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = tmp_path / "broken-c++"
-    broken.write_text("#!/bin/sh\necho no licence >&2\nexit 3\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    refused(tiny, "no licence")
 
 
 def test_a_missing_build_tool_is_named(tiny: tiny_llama.Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,22 +221,6 @@ def test_a_build_that_reaches_its_limit_is_continued(
     assert "steady.cpp" in compiled and "answer.cpp" not in compiled
 
 
-def test_sources_that_were_packed_need_no_archive(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
-    packed, other = tmp_path / "llama.cpp.tar.xz", building.Cache(tmp_path / "other")
-    building.pinned_source(tiny.pin, tiny.cache, tiny.archive, Silent())
-    building.pack_source(tiny.pin, tiny.cache, packed, Silent())
-    building.adopt_source(tiny.pin, other, packed)
-    place = building.build(tiny.spec(), other, None, False, Silent())
-    assert answer(place).endswith("answer 2\n") and not other.downloads.exists()
-    building.adopt_source(tiny.pin, other, tmp_path / "not read")
-    pin = dataclasses.replace(tiny.pin, upstream_tree_sha256="0" * 64)
-    with pytest.raises(KimiError, match="not the pinned one"):
-        building.adopt_source(pin, building.Cache(tmp_path / "third"), packed)
-    with pytest.raises(KimiError, match=r"no such file(.|\n)*--prepare"):
-        building.adopt_source(tiny.pin, building.Cache(tmp_path / "third"), tmp_path / "missing")
-    assert names(tmp_path / "third/sources") == []
-
-
 def test_two_builds_of_one_key_do_not_mix(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
     both = [tiny_llama.start(tmp_path, "build") for _ in range(2)]
     printed = [child.communicate(timeout=120) for child in both]
@@ -272,15 +238,6 @@ def test_a_checkout_is_built_and_not_touched(tiny: tiny_llama.Tiny, tmp_path: Pa
     manifest = json.loads((place / "manifest.json").read_text())
     assert manifest["source"] == str(checkout)
     assert place != tiny.build()
-
-
-def test_a_checkout_of_git_gives_its_tracked_files(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
-    checkout = tiny_llama.write_tree(tmp_path / "checkout", {**tiny_llama.FILES, ".gitignore": "junk/\n"})
-    tiny_llama.write_tree(checkout, {"junk/CMakeCache.txt": "x"})
-    subprocess.run(["git", "init", "-q", str(checkout)], check=True)
-    tree = tiny.spec(source=checkout).source_tree
-    assert tree is not None
-    assert tree.paths() == sorted(tiny_llama.FILES)
 
 
 def test_another_revision_says_which_patch_and_file(tmp_path: Path) -> None:

@@ -182,16 +182,6 @@ def test_a_named_build_is_not_made_by_a_program_that_needs_it(
     assert "it is not built yet" in done.stderr and "kimi-llama build --backend vulkan" in done.stderr
 
 
-def test_who_gave_a_name_that_means_no_build_is_said(folder: Path) -> None:
-    assert "KIMI_BUILD" in call(folder, "path", KIMI_BUILD="abacus").stderr
-
-
-def test_of_equal_names_the_last_one_built_runs(folder: Path) -> None:
-    """The same options with another compiler."""
-    add(folder, "cpu", "55555555dddddddd", "2026-02-01")
-    assert key_of(folder) == "55555555dddddddd"
-
-
 def test_a_build_with_flags_runs_only_with_these_flags(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`CXXFLAGS="-O0 -g" kimi-llama build`, once, slows down nothing that runs later, unless its key is chosen."""
     forget(monkeypatch)
@@ -245,12 +235,6 @@ def test_one_line_at_start_up_says_which_build_runs(folder: Path, name: str, kin
     done = call(folder, "run", "--build", name, str(folder / "model.gguf"))
     assert done.stdout == f"{key}\n", "the tool's own output"
     assert done.stderr == f"kimi-llama: build {name} {key[:8]} ({kind}: instruction set unknown)\n"
-
-
-def test_doctor_says_which_build_runs(folder: Path) -> None:
-    told = json.loads(call(folder, "doctor", "--json", KIMI_BUILD="cpu+GGML_NATIVE=OFF").stdout)
-    assert told["build"]["seen"].startswith("cpu+GGML_NATIVE=OFF 22222222 (portable: ")
-    assert {each["name"] for each in told["engines"]} == set(BUILDS)
 
 
 def test_a_gpu_build_without_a_device_is_not_well(tmp_path: Path) -> None:

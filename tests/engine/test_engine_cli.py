@@ -245,12 +245,6 @@ def test_a_draft_model_is_used_and_not_only_loaded(built: Path, draft: str) -> N
     assert "--no-conversation" not in words, "llama-speculative-simple knows no conversations"
 
 
-def test_a_kind_of_draft_without_a_draft_model_is_used(built: Path) -> None:
-    result = call(built, "run", str(built / "model.gguf"), "--spec-type", "ngram-cache", "-n", "3")
-    assert result.returncode == 8, "llama-completion knows no drafts"
-    assert result.stdout.splitlines()[-4:] == ["--spec-type", "ngram-cache", "-n", "3"]
-
-
 @pytest.mark.parametrize("kind", [["--spec-type", "draft-mtp"], ["--spec-type=ngram-cache,draft-mtp"]])
 def test_a_file_must_have_the_mtp_layer_that_drafts(built: Path, kind: list[str]) -> None:
     for layers, status in ((0, 1), (1, 8)):
@@ -293,18 +287,8 @@ def test_a_missing_model_is_said_at_once(built: Path, command: str) -> None:
     assert told.returncode == 1
     assert "absent.gguf: no such file" in told.stderr
     assert "convert-kimi" in told.stderr
-
-
-def test_a_folder_is_to_be_converted_first(built: Path) -> None:
-    told = call(built, "run", str(built))
-    assert told.returncode == 1
-    assert "is a folder" in told.stderr and f"convert-kimi {built}" in told.stderr
-
-
-def test_only_the_model_is_required(built: Path) -> None:
-    told = call(built, "run")
-    assert told.returncode == 2
-    assert told.stderr.endswith("the following arguments are required: MODEL\n")
+    told = call(built, command, str(built))
+    assert told.returncode == 1 and "is a folder" in told.stderr and f"convert-kimi {built}" in told.stderr
 
 
 @pytest.mark.parametrize(

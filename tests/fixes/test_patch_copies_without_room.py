@@ -70,10 +70,6 @@ def test_weights_in_memory_are_there_once_and_are_repacked(model: Path, shim: Pa
     assert REPACKED in said and REASON not in said
 
 
-def test_upstream_repacks_without_room(model: Path, shim: Path, upstream: Engine) -> None:
-    assert REPACKED in log(upstream, model, shim, model.stat().st_size)
-
-
 def test_mapped_weights_that_fit_into_memory_are_read_as_a_whole(
     model: Path, shim: Path, engine: Engine
 ) -> None:
@@ -86,9 +82,3 @@ def test_mapped_weights_larger_than_memory_are_read_when_they_are_used(
 ) -> None:
     said = log(engine, model, shim, int(0.9 * model.stat().st_size))
     assert not POPULATED.search(said) and READ_WHEN_USED in said
-
-
-def test_upstream_reads_weights_larger_than_memory_as_a_whole(
-    model: Path, shim: Path, upstream: Engine
-) -> None:
-    assert POPULATED.search(log(upstream, model, shim, int(0.9 * model.stat().st_size)))

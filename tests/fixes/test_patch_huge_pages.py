@@ -54,7 +54,3 @@ def test_kernels_before_5_14_read_the_model_when_they_map_it(
 ) -> None:
     calls = [call for call, _ in events(engine, model, tmp_path, OLD_KERNEL="1")]
     assert calls == ["MADV_HUGEPAGE", "MADV_NOHUGEPAGE", "MAP_POPULATE"]
-
-
-def test_upstream_reads_the_model_before_any_advice(model: Path, tmp_path: Path, upstream: Engine) -> None:
-    assert events(upstream, model, tmp_path) == [("MAP_POPULATE", "(nil)")]

@@ -12,7 +12,7 @@ import torch
 from convert_tools import convert, gguf_keys, upstream_convert
 from family_reference import reference_of_family
 from numpy.typing import NDArray
-from random_family import VOCAB_SIZE, Change, FamilySpec, unchanged, write_family
+from random_family import VOCAB_SIZE, Change, FamilySpec, write_family
 from random_ling3 import LingSpec, write_checkpoint
 from synthetic_case import Tensors, error_of, rewrite
 from transformers_ling import ling_logits
@@ -50,14 +50,11 @@ def logits(engine: Engine, model: Path, choice: str | None = None) -> NDArray[np
 @pytest.mark.parametrize(
     "spec", [*SMALL, *YARN, BETAS], ids=lambda spec: f"{spec.id}-{spec.yarn}-{spec.betas}"
 )
-def test_ling_has_the_logits_of_transformers(
-    tmp_path: Path, spec: FamilySpec, engine: Engine, upstream: Engine
-) -> None:
+def test_ling_has_the_logits_of_transformers(tmp_path: Path, spec: FamilySpec, engine: Engine) -> None:
     """0028-ling-k3-norm-constants and 0029-ling-yarn-mscale."""
     model, expected = write_family(tmp_path / "model.gguf", spec), ling_logits(spec, IDS)
     for choice in ("require", "off"):
         assert error_of(logits(engine, model, choice), expected).passes
-    assert not error_of(logits(upstream, model), expected).passes
 
 
 def test_the_betas_of_yarn_count() -> None:
@@ -88,6 +85,7 @@ def fixed_converter(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_the_converter_writes_yarn_as_convert_kimi_does(tmp_path: Path, fixed_converter: Path) -> None:
     """0029-ling-yarn-mscale. That these keys give transformers' logits is tested in test_convert_ling3_runs.py."""
     jobs = []
@@ -134,16 +132,13 @@ def test_betas_of_yarn_in_the_wrong_order_are_refused(tmp_path: Path, engine: En
     assert np.isfinite(logits(engine, model)).all()
 
 
-def test_small_activations_of_kimi_k3_are_normalised_as_in_the_model(
-    tmp_path: Path, engine: Engine, upstream: Engine
-) -> None:
+def test_small_activations_of_kimi_k3_are_normalised_as_in_the_model(tmp_path: Path, engine: Engine) -> None:
     """0028."""
     spec = FamilySpec("kimi-k3", "KKM", std=0.05, seed=4)
     model = write_family(tmp_path / "model.gguf", spec)
     expected = reference_of_family(spec).logits(torch.from_numpy(IDS)).numpy()
     for choice in ("require", "off"):
         assert error_of(logits(engine, model, choice), expected).passes
-    assert not error_of(logits(upstream, model), expected).passes
 
 
 def small_queries(tensor: str, data: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -157,9 +152,9 @@ def small_queries(tensor: str, data: NDArray[np.float32]) -> NDArray[np.float32]
     ids=lambda spec: spec.id,
 )
 def test_compressed_queries_are_normalised_as_in_the_model(
-    tmp_path: Path, spec: FamilySpec, engine: Engine, upstream: Engine
+    tmp_path: Path, spec: FamilySpec, engine: Engine
 ) -> None:
-    """0028. With weights this large, upstream's other wrong constants have no effect."""
+    """0028."""
 
     def exact(change: Change) -> NDArray[np.float64]:
         if spec.architecture == LING:
@@ -169,21 +164,16 @@ def test_compressed_queries_are_normalised_as_in_the_model(
         )
         return found
 
-    model = write_family(tmp_path / "model.gguf", spec)
-    assert error_of(logits(upstream, model), exact(unchanged)).passes
     model, expected = write_family(tmp_path / "small.gguf", spec, change=small_queries), exact(small_queries)
     for choice in ("require", "off"):
         assert error_of(logits(engine, model, choice), expected).passes
-    assert not error_of(logits(upstream, model), expected).passes
 
 
-def test_a_router_may_choose_all_groups(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
+def test_a_router_may_choose_all_groups(tmp_path: Path, engine: Engine) -> None:
     """0030-all-expert-groups."""
     grouped = write_family(tmp_path / "grouped.gguf", FamilySpec(LING, groups=(4, 4), seed=5))
     plain = write_family(tmp_path / "plain.gguf", FamilySpec(LING, seed=5))
     np.testing.assert_array_equal(logits(engine, grouped), logits(engine, plain))
-    with pytest.raises(ValidateError, match="SIGABRT"):
-        logits(upstream, grouped)
 
 
 GATES = {
@@ -193,26 +183,18 @@ GATES = {
 
 
 @pytest.mark.parametrize("architecture", GATES)
-def test_gates_are_not_quantized_to_four_bits(
-    tmp_path: Path, architecture: str, engine: Engine, upstream: Engine
-) -> None:
+def test_gates_are_not_quantized_to_four_bits(tmp_path: Path, architecture: str, engine: Engine) -> None:
     """0031-ling-k3-quantize-gates."""
     spec = FamilySpec(
         architecture, hidden=256, heads=2, kda_head_dim=128, ffn=256, expert_ffn=256, q_lora=256
     )
     model = write_family(tmp_path / "model.gguf", spec)
 
-    def types(build: Engine) -> dict[str, set[str]]:
-        command = [build.bin / "llama-quantize", "--dry-run", model, "Q4_K_M"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = types_in_dry_run((said.stdout + said.stderr).splitlines())
-        return {
-            part: {found.get(f"blk.{i}.{part}.weight") for i in (1, 2)} - {None}
-            for part in GATES[architecture]
-        }
-
-    assert types(engine) == {part: {kind} for part, kind in GATES[architecture].items()}
-    assert types(upstream)["ssm_f_a"] == {"Q4_K"}
+    command = [engine.bin / "llama-quantize", "--dry-run", model, "Q4_K_M"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    types = types_in_dry_run((ended.stdout + ended.stderr).splitlines())
+    for part, kind in GATES[architecture].items():
+        assert {types.get(f"blk.{i}.{part}.weight") for i in (1, 2)} - {None} == {kind}
 
 
 def unsplit(tensors: Tensors) -> Tensors:
@@ -223,12 +205,10 @@ def unsplit(tensors: Tensors) -> Tensors:
     return out | {"blk.2.attn_kv_b.weight": kv.reshape(-1, kv.shape[-1])}
 
 
-def test_kimi_k3_with_an_unsplit_kv_b_is_refused(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
+def test_kimi_k3_with_an_unsplit_kv_b_is_refused(tmp_path: Path, engine: Engine) -> None:
     """0032-kimi-k3-kv-b."""
     whole = rewrite(
         write_family(tmp_path / "split.gguf", FamilySpec("kimi-k3", seed=6)), tmp_path / "whole.gguf", unsplit
     )
     with pytest.raises(ValidateError, match="unsplit kv_b"):
         logits(engine, whole)
-    with pytest.raises(ValidateError, match="SIGSEGV"):
-        logits(upstream, whole)

@@ -42,18 +42,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(tmp_path_factory.mktemp("kv-b"), SPEC)
 
 
-@pytest.mark.parametrize("flash_attention", [False, True])
-@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize(("keys", "flash_attention"), [*zip(KEYS, (False, True, True, False), strict=True)])
 def test_unsplit_kv_b_runs_right(
-    tmp_path: Path, case: Case, keys: str, flash_attention: bool, engine: Engine, upstream: Engine
+    tmp_path: Path, case: Case, keys: str, flash_attention: bool, engine: Engine
 ) -> None:
     old = rewrite(case.gguf, tmp_path / "old.gguf", unsplit, KEYS[keys])
     assert case.error(engine, old, flash_attention=flash_attention).passes
-    try:
-        wrong = case.error(upstream, old, flash_attention=flash_attention)
-    except ValidateError:
-        return  # it crashed
-    assert wrong.in_all > 1e-3
 
 
 def test_one_token_at_a_time_and_after_a_restore(tmp_path: Path, case: Case, engine: Engine) -> None:

@@ -35,7 +35,3 @@ def output_with_a_slow_log(engine: Engine, folder: Path) -> str:
 
 def test_text_still_queued_at_the_end_is_written(tmp_path: Path, engine: Engine) -> None:
     assert output_with_a_slow_log(engine, tmp_path).startswith(PROMPT)
-
-
-def test_upstream_loses_it(tmp_path: Path, upstream: Engine) -> None:
-    assert PROMPT not in output_with_a_slow_log(upstream, tmp_path)

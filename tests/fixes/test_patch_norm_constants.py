@@ -21,9 +21,6 @@ SMALL = [
 
 
 @pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.id)
-def test_small_activations_are_normalised_as_in_the_model(
-    tmp_path: Path, spec: Spec, engine: Engine, upstream: Engine
-) -> None:
+def test_small_activations_are_normalised_as_in_the_model(tmp_path: Path, spec: Spec, engine: Engine) -> None:
     case = make_case(tmp_path, spec)
     assert case.error(engine).passes
-    assert not case.error(upstream).passes

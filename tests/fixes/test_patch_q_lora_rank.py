@@ -16,15 +16,12 @@ pytestmark = pytest.mark.engine
 SPECS = [Spec(layers="KM", q_lora=24, seed=50), Spec(layers="MKMK", heads=4, q_lora=96, std=0.02, seed=51)]
 
 
-@pytest.mark.parametrize("flash_attention", [False, True])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
+@pytest.mark.parametrize(("spec", "flash_attention"), [(SPECS[0], False), (SPECS[1], True)], ids=str)
 def test_compressed_queries_run_right(
-    tmp_path: Path, spec: Spec, flash_attention: bool, engine: Engine, upstream: Engine
+    tmp_path: Path, spec: Spec, flash_attention: bool, engine: Engine
 ) -> None:
     case = make_case(tmp_path, spec)
     assert case.error(engine, flash_attention=flash_attention).passes
-    with pytest.raises(ValidateError, match="attn_q_a_norm"):
-        case.error(upstream, flash_attention=flash_attention)
 
 
 def test_the_norm_of_compressed_queries_has_the_models_epsilon(tmp_path: Path, engine: Engine) -> None:

@@ -88,7 +88,6 @@ def ran(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return ended
 
 
-@pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize(
     "script",
     [
@@ -96,8 +95,8 @@ def ran(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
         *(f"tools/{path.name}" for path in sorted((ROOT / "tools").iterdir()) if not path.suffix),
     ],
 )
-def test_help_installs_nothing(script: str, option: str, checkout: Path) -> None:
-    ended = ran(checkout, script, option)
+def test_help_installs_nothing(script: str, checkout: Path) -> None:
+    ended = ran(checkout, script, "--help")
     assert ended.returncode == 0 and not ended.stderr
     assert script in ended.stdout
 
@@ -108,7 +107,7 @@ def test_help_of_lint(checkout: Path) -> None:
     assert ended.returncode == 1 and "run: scripts/environment build,validate,test" in ended.stderr
 
 
-@pytest.mark.parametrize("extras", ["biuld", "build,validat", "build validate", ",", "build,"])
+@pytest.mark.parametrize("extras", ["build,validat", ","])
 def test_an_extra_that_does_not_exist_is_an_error(extras: str, checkout: Path) -> None:
     ended = ran(checkout, "scripts/environment", extras)
     assert ended.returncode == 1
@@ -118,7 +117,7 @@ def test_an_extra_that_does_not_exist_is_an_error(extras: str, checkout: Path) -
     assert ran(checkout, "scripts/environment", "build", "validate").returncode == 2
 
 
-@pytest.mark.parametrize("words", [["--ful"], ["-k", "router", "--c"]])
+@pytest.mark.parametrize("words", [["-k", "router", "--ful"]])
 def test_a_mistyped_tier_is_refused_before_anything_is_built(words: list[str], checkout: Path) -> None:
     ended = ran(checkout, "scripts/test", *words)
     assert (ended.returncode, ended.stderr) == (

@@ -45,10 +45,7 @@ DRAFT = ["--spec-type", "draft-simple", "--spec-draft-n-max", "3", "-td", "1"]
 SETTINGS = {
     "plain": [],
     "two slots": ["-np", "2"],
-    "checkpoints far apart": ["--ctx-checkpoints", "1"],
     "no checkpoints": ["--ctx-checkpoints", "0"],
-    "chunks reused": ["--cache-reuse", "8", "--cache-ram", "0"],
-    "with a draft": DRAFT,
     "with a draft, chunks reused": [*DRAFT, "--cache-reuse", "8", "--cache-ram", "0"],
 }
 
@@ -74,20 +71,10 @@ def test_answers_do_not_depend_on_what_was_asked_before(
         assert len(set(expected.values())) >= 6, "too many answers are equal to notice a wrong one"
 
 
-def test_a_longer_prompt_begins_where_the_shorter_one_ended(
-    tmp_path: Path, engine: Engine, gguf: Path
-) -> None:
-    with serving(engine, tmp_path, gguf, "-np", "1") as server:
-        first = server.complete(FIRST, 1, cache_prompt=True)
-        longer = server.complete(FIRST + SECOND, 1, cache_prompt=True)
-    assert longer.timings["cache_n"] >= first.timings["prompt_n"] - 8
-    assert longer.timings["prompt_n"] + longer.timings["cache_n"] > first.timings["prompt_n"]
-
-
 def test_a_prompt_is_evaluated_once(tmp_path: Path, engine: Engine, gguf: Path) -> None:
     with reporting() as reporter:
         start = Starter(engine, gguf, chat_template(reporter), tmp_path, threads=1)
-    counts = list(measure_prompt_cache(start, seed=2, long=1000))
+    counts = list(measure_prompt_cache(start, seed=2, long=400))
     assert len(counts) >= 12
     assert [count for count in counts if count.evaluated > count.most] == []
 
@@ -116,11 +103,10 @@ def test_prompts_are_cut_at_the_same_places_under_load(tmp_path: Path, engine: E
         "--checkpoint-min-step",
         "1",
     )
-    alone = []
-    for prompt in LONG:
-        with serving(engine, tmp_path, gguf, *options) as server:
+    with serving(engine, tmp_path, gguf, *options) as server:
+        for prompt in LONG:  # each takes a free slot
             server.complete(prompt, 4, cache_prompt=True)
-            alone += [found for found in places(server) if found]
+        alone = [found for found in places(server) if found]
     with serving(engine, tmp_path, gguf, *options) as server:
         server.complete_together(LONG, 4)
         together = [found for found in places(server) if found]
@@ -128,8 +114,8 @@ def test_prompts_are_cut_at_the_same_places_under_load(tmp_path: Path, engine: E
     assert sorted(together) == sorted(alone)
 
 
-@pytest.mark.parametrize("mebibytes", [1, 4])
-def test_checkpoints_keep_to_their_budget(tmp_path: Path, engine: Engine, gguf: Path, mebibytes: int) -> None:
+def test_checkpoints_keep_to_their_budget(tmp_path: Path, engine: Engine, gguf: Path) -> None:
+    mebibytes = 1
     options = ("-np", "2", "-c", "32768", "--override-kv", "kimi-linear.context_length=int:16384")
     with serving(engine, tmp_path, gguf, *options, "--ctx-checkpoints-ram", str(mebibytes)) as server:
         for words in ("elephant", "river"):
@@ -260,20 +246,6 @@ def test_states_of_an_adapter_are_not_continued_without_it(
         server.post("/lora-adapters", [{"id": 0, "scale": 0.0}])  # type: ignore[arg-type]
         assert logprobs(server, LONG[0]) == without
     assert with_adapter != without
-
-
-def test_a_context_that_shifts_is_still_of_its_adapters(
-    tmp_path: Path, engine: Engine, gguf: Path, adapter: Path
-) -> None:
-    options = ("-np", "1", "-c", "256", "--context-shift", "--slot-save-path", f"{tmp_path}/")
-    with serving(engine, tmp_path, gguf, *options, "--lora", str(adapter)) as server:
-        server.complete("define: river\n", 300, cache_prompt=True)
-        assert "slot context shift" in server.log.read_text()
-        server.slot("save")
-    with serving(engine, tmp_path, gguf, *options) as server:
-        with pytest.raises(urllib.error.HTTPError):
-            server.slot("restore")
-        assert "the LoRA adapter adapter.gguf" in server.log.read_text()
 
 
 def test_a_saved_slot_knows_its_adapters(tmp_path: Path, engine: Engine, gguf: Path, adapter: Path) -> None:

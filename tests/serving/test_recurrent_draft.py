@@ -78,15 +78,6 @@ def test_the_server_writes_the_same(
         assert (server.account(1 + len(DIALOGUE)).restored > 0) == bool(options)
 
 
-def test_a_checkpoint_spares_most_of_the_prompt(tmp_path: Path, engine: Engine, models: Models) -> None:
-    """The checkpoints contain only the draft model's state; the target keeps its cache."""
-    long = PROMPT * 40
-    with serving(engine, tmp_path, models.target, "-np", "1", *DRAFT, "-md", str(models.draft)) as server:
-        first = server.complete(long, COUNT, cache_prompt=True).timings
-        again = server.complete(long, COUNT, cache_prompt=True).timings
-    assert again["cache_n"] > first["prompt_n"] // 2
-
-
 @pytest.mark.parametrize("options", ROLLBACKS.values(), ids=list(ROLLBACKS))
 def test_the_tool_writes_the_same(engine: Engine, models: Models, options: list[str]) -> None:
     """The text is the same as with the target as its own draft model, and no batch fails."""

@@ -86,14 +86,6 @@ def test_other_sequences_of_a_batch_leave_the_snapshots_of_a_draft(
     assert error_of(logits[-6:-3], logits[-3:]).in_all <= 1e-10
 
 
-def test_upstream_uses_a_snapshot_of_another_sequence(upstream: Engine, tmp_path: Path) -> None:
-    said, logits = play(
-        upstream, write_family(tmp_path / "model.gguf", FAMILY[1]), [*DRAFT_AMONG_OTHERS, *EACH_ALONE]
-    )
-    assert said == [True]
-    assert error_of(logits[-6:-5], logits[-3:-2]).in_all > 0.1
-
-
 def test_up_to_the_last_batch_tokens_are_taken_back_and_no_further(engine: Engine, gguf: Path) -> None:
     """For every size of the last batch and every depth: refused, or the logits of a run without the removed tokens."""
     cases = [(size, depth) for size in (1, 2, 5, 8, 12) for depth in range(1, N_BACK + 2)]
@@ -143,13 +135,6 @@ def small_models(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Pa
     make = [engine.bin / "test-llama-archs", "-a", "|".join(ARCHS), "-o", folder]
     subprocess.run(make, check=True, capture_output=True)
     return folder
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_no_architecture_goes_back_further(engine: Engine, small_models: Path, arch: str) -> None:
-    (gguf,) = small_models.glob(f"{arch}-*.gguf")
-    said, _ = play(engine, gguf, [decode(0, 12), remove(0, 9), decode(9, 10), remove(0, 8)])
-    assert said == [True, False]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

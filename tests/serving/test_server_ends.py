@@ -79,11 +79,3 @@ def test_a_signal_at_the_worst_instant(
 ) -> None:
     assert status_if_interrupted(place, engine, demo_gguf("Q8_0"), tmp_path, BUSY) == 0
     assert ("processing task" in (tmp_path / "server.log").read_text()) == (place != "sigaction")
-
-
-@preloads
-@pytest.mark.parametrize("place", PLACES)
-def test_upstream_hangs_or_loses_the_signal(
-    place: str, tmp_path: Path, upstream: Engine, demo_gguf: Callable[[str], Path]
-) -> None:
-    assert status_if_interrupted(place, upstream, demo_gguf("Q8_0"), tmp_path, 8) is None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from llama_server import serving, started
+from llama_server import serving
 from speculation import figures, without_replay
 
 from kimi_gguf.engine.builds import Engine
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.engine
 DRAFT_TYPE = "Q2_K"
 PROMPTS = ["define: elephant", "define: river", "define: to walk", "The sea is"]
 COUNT = 64
-LENGTHS = (1, 3, 8)  # lengths of drafts
 COMMAND = "kimi_gguf.scripts.kimi_llama"
 
 
@@ -56,8 +55,7 @@ def plain(
         yield {prompt: server.complete(prompt, COUNT).ids for prompt in PROMPTS}
 
 
-@pytest.mark.parametrize("choice", ["require", "off"])
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("length", "choice"), [(1, "off"), (3, "off"), (8, "require")])  # length of drafts
 def test_the_server_writes_the_same_and_replays_nothing(
     tmp_path: Path, engine: Engine, target: Path, draft: Path, plain: dict[str, tuple[int, ...]],
     length: int, choice: str, monkeypatch: pytest.MonkeyPatch,
@@ -69,38 +67,12 @@ def test_the_server_writes_the_same_and_replays_nothing(
         assert server.account(len(answers)) == without_replay(answers)
 
 
-def test_four_slots_write_what_each_would_alone(
-    tmp_path: Path, engine: Engine, target: Path, draft: Path, plain: dict[str, tuple[int, ...]]
-) -> None:
-    with serving(engine, tmp_path, target, "-np", "4", *drafting(draft, 3)) as server:
-        answers = [answer for _ in range(3) for answer in server.complete_together(PROMPTS, COUNT)]
-        assert [a.ids for a in answers] == [plain[prompt] for prompt in PROMPTS] * 3
-        assert server.account(len(answers)) == without_replay(answers)
-
-
-def test_upstream_replays(tmp_path: Path, upstream: Engine, target: Path, draft: Path) -> None:
-    with serving(upstream, tmp_path, target, "-np", "1", *drafting(draft, 3)) as server:
-        answers = [server.complete(prompt, COUNT) for prompt in PROMPTS]
-        account = server.account(len(answers))
-    assert account.restored > 0
-    assert account.tokens > without_replay(answers).tokens
-
-
-def test_ubatches_too_small_for_a_rollback_restore_checkpoints(
-    tmp_path: Path, engine: Engine, target: Path, draft: Path, plain: dict[str, tuple[int, ...]]
-) -> None:
-    """The states of a rollback come from one ubatch; 3 drafted tokens require a ubatch of more than 4 tokens."""
-    with serving(engine, tmp_path, target, "-np", "1", "-ub", "4", *drafting(draft, 3)) as server:
-        assert server.complete(PROMPTS[0], COUNT).ids == plain[PROMPTS[0]]
-        assert server.account(1).restored > 0
-
-
 STATE = (
     3 * (2 * 128 * 128 + 3 * 3 * 2 * 128) * 4
 )  # bytes: 3 KDA layers with 2 heads of 128, and 3 convolutions
 
 
-@pytest.mark.parametrize(("slots", "mib"), [(1, None), (1, 3), (1, 1), (4, 1)])
+@pytest.mark.parametrize(("slots", "mib"), [(1, None), (1, 3), (4, 1)])
 def test_the_memory_for_rollback_is_limited_and_shown(
     tmp_path: Path, engine: Engine, target: Path, draft: Path, plain: dict[str, tuple[int, ...]],
     slots: int, mib: int | None,
@@ -126,7 +98,7 @@ def test_the_memory_for_rollback_is_limited_and_shown(
 
 
 LONG = 128  # tokens after which a text repeats itself
-NGRAMS = ("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache")
+NGRAMS = ("ngram-simple", "ngram-cache")
 
 
 @pytest.fixture(scope="module")
@@ -182,20 +154,6 @@ def test_a_context_that_shifts_is_no_hindrance(
     assert len(answer.ids) == long
 
 
-def test_chat_through_the_command_and_openais_interface(
-    tmp_path: Path, target: Path, draft: Path, engine: Engine
-) -> None:
-    """`kimi-llama serve -md` as a user runs it: the draft is used."""
-    request = {"messages": [{"role": "user", "content": PROMPTS[0]}], "temperature": 0, "max_tokens": COUNT}
-    texts = []
-    for options in ([], ["-md", str(draft)]):
-        with started(tmp_path, sys.executable, "-m", COMMAND, "serve", target, *options) as server:
-            got = server.post("/v1/chat/completions", request)
-        texts.append(got["choices"][0]["message"]["content"])
-        assert (got["timings"].get("draft_n_accepted", 0) > 0) == bool(options)
-    assert texts[0] == texts[1] != ""
-
-
 def run_command(*words: str | Path) -> str:
     """The output of `kimi-llama run` with an F32 cache on one thread."""
     command = [sys.executable, "-m", COMMAND, "run", *words, "-ctk", "f32", "-ctv", "f32", "-t", "1"]
@@ -204,10 +162,8 @@ def run_command(*words: str | Path) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_command_line_writes_the_same_with_a_draft(
-    engine: Engine, target: Path, draft: Path, prompt: str
-) -> None:
+def test_the_command_line_writes_the_same_with_a_draft(engine: Engine, target: Path, draft: Path) -> None:
+    prompt = PROMPTS[0]
     plain = run_command(target, "-p", prompt)
     drafted = run_command(target, "-md", draft, "-p", prompt)
     assert plain.strip().startswith(prompt)
@@ -221,12 +177,3 @@ def test_the_tool_counts_what_it_did(engine: Engine, target: Path, draft: Path, 
     assert 0 < run.accepted < run.drafted == run.generated
     replayed = run.evaluated - run.once  # 1 if no batch has a single token: the tool then reports 1
     assert replayed > 1 if options else replayed in (0, 1)
-
-
-def test_upstreams_tool_replays_and_counts_accepted_tokens_alone(
-    engine: Engine, upstream: Engine, target: Path, draft: Path
-) -> None:
-    run = figures(upstream, target, PROMPTS[0], COUNT, *drafting(draft, 3), tries=9)
-    patched = figures(engine, target, PROMPTS[0], COUNT, *drafting(draft, 3))
-    assert run.accepted == run.drafted < run.generated
-    assert run.evaluated / run.predicted > patched.evaluated / patched.predicted

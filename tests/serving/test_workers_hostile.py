@@ -25,7 +25,7 @@ pytestmark = pytest.mark.engine
 
 SIZE = 4096  # bytes of the client's buffer
 CHAIN = 200_000  # tensors; a recursive call for each would overflow the stack
-MESSAGES = 300  # random ones
+MESSAGES = 100  # random ones
 SPEC = Spec(layers="KM", heads=2, kda_head_dim=32, seed=3)
 LAYERS = len(SPEC.layers) + 1
 WIDE = dataclasses.replace(SPEC, intermediate=1 << 15)  # three tensors of 8 MiB: more than sockets buffer
@@ -75,24 +75,20 @@ def chain(buffer: Buffer) -> bytes:
 
 GARBAGE: dict[str, Callable[[Buffer], tuple[int, bytes] | tuple[int, bytes, int]]] = {
     "the largest size": lambda _: (rpc.GRAPH_COMPUTE, b"", (1 << 64) - 1),
-    "a size of 16 TiB": lambda _: (rpc.SET_TENSOR, bytes(100), 1 << 44),
     "an unknown command": lambda _: (77, b""),
     "a tensor before its buffer": lambda b: (rpc.GET_TENSOR, reads(value(b, data=b.base - 64), 0, 4)),
-    "a tensor after its buffer": lambda b: (rpc.GET_TENSOR, reads(value(b, data=b.base + SIZE), 0, 4)),
     "a tensor of no type": lambda b: (rpc.GET_TENSOR, reads(value(b, type=1000), 0, 4)),
     "half a block": lambda b: (rpc.INIT_TENSOR, value(b, type=rpc.Q4_0, ne=(16, 1, 1, 1)).pack()),
     "strides that overflow": lambda b: (
         rpc.GET_TENSOR, reads(value(b, ne=((1 << 32) - 1,) * 4, nb=((1 << 32) - 1,) * 4), 0, 4)
     ),
     "a read after its tensor": lambda b: (rpc.GET_TENSOR, reads(value(b), 4, 4)),
-    "a read before its tensor": lambda b: (rpc.GET_TENSOR, reads(value(b), (1 << 64) - 16, 32)),
     "a write after its tensor": lambda b: (rpc.SET_TENSOR, writes(value(b), 4, bytes(4))),
     "a copy of another layout": lambda b: (
         rpc.COPY_TENSOR, value(b, ne=(8, 1, 1, 1), nb=(4, 32, 32, 32)).pack() + value(b, 2).pack()
     ),
     "a graph without nodes": lambda _: (rpc.GRAPH_COMPUTE, rpc.graph([], [])),
     "a node twice": lambda b: (rpc.GRAPH_COMPUTE, added(b, 3, 3)),
-    "a node that is no tensor": lambda b: (rpc.GRAPH_COMPUTE, added(b, 3, 0)),
     "an operator without a number": lambda b: (rpc.GRAPH_COMPUTE, added(b, 3, op=9999)),
     "the address of a function": lambda b: (
         rpc.GRAPH_COMPUTE, added(b, 3, op=rpc.OP_MAP_CUSTOM1, params=(1,) * 16)
@@ -215,21 +211,14 @@ def number(value: int) -> bytes:
 
 LIES = {
     "another protocol": (rpc.HELLO, framed(struct.pack("<4B24x", 9, 0, 0, 0))),
-    "a short HELLO": (rpc.HELLO, framed(b"\7\0\0\0")),
     "an announcement without an answer": (rpc.HELLO, framed(struct.pack("<4B24x", 7, 0, 0, 1))),
     "an endless answer": (rpc.DEVICE_COUNT, struct.pack("<Q", 1 << 63)),
     "no answer": (rpc.DEVICE_COUNT, None),
-    "four billion devices": (rpc.DEVICE_COUNT, framed(b"\xff" * 4)),
     "no device": (rpc.DEVICE_COUNT, framed(bytes(4))),
     "alignment 0": (rpc.GET_ALIGNMENT, number(0)),
-    "alignment 3": (rpc.GET_ALIGNMENT, number(3)),
     "buffers of 0 bytes": (rpc.GET_MAX_SIZE, number(0)),
-    "buffers of 1 byte": (rpc.GET_MAX_SIZE, number(1)),
-    "no memory": (rpc.ALLOC_BUFFER, framed(bytes(16))),
     "too little memory": (rpc.ALLOC_BUFFER, framed(struct.pack("<QQ", 1, 64))),
-    "an endless buffer": (rpc.ALLOC_BUFFER, framed(struct.pack("<QQ", 1, (1 << 64) - 1))),
     "a buffer at 0": (rpc.BUFFER_GET_BASE, number(0)),
-    "a buffer at an odd address": (rpc.BUFFER_GET_BASE, number((1 << 40) + 1)),
     "a buffer at the end of memory": (rpc.BUFFER_GET_BASE, number((1 << 64) - 64)),
     "endless tensors": (rpc.GET_ALLOC_SIZE, number((1 << 64) - 1)),
     "half a tensor": (rpc.GET_TENSOR, struct.pack("<Q", 1 << 62) + b"abc"),
@@ -242,18 +231,17 @@ def test_a_client_fails_with_an_error(
     lie: tuple[int, bytes | None], engine: Engine, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KIMI_OPS", "")
-    monkeypatch.setenv("GGML_RPC_DEADLINE", "2")
+    monkeypatch.setenv("GGML_RPC_DEADLINE", "1")
     with fake_worker(replaced(*lie)) as endpoint, pytest.raises(PlayError) as caught:
         play(engine, small, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])
     assert "was ended by" not in str(caught.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("byte", [0, 0x7F, 0xFF], ids=["zeros", "3e38", "NaN"])
 def test_a_client_survives_wrong_results(
-    byte: int, engine: Engine, small: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KIMI_OPS", "")
-    with fake_worker(Memory(byte)) as endpoint:
+    with fake_worker(Memory(0xFF)) as endpoint:  # NaN
         for layers in (LAYERS, 1):
             setup = Setup(workers=(endpoint,), n_gpu_layers=layers)
             play(engine, small, setup, [decode(*text(0, range(8)))])
@@ -270,22 +258,22 @@ def test_a_state_that_cannot_be_read_is_not_saved(
         play(engine, small, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), steps)
 
 
-def busy_worker(busy: int, seconds: int, *, signs_of_life: bool) -> Callable[[int, bytes], Iterator[bytes]]:
-    """A worker that does not read for some time after it has received this command for the first time."""
+def busy_worker(busy: int, signs: int) -> Callable[[int, bytes], Iterator[bytes]]:
+    """A worker that gives so many signs of life, every 0.5 s, when it has received this command for the first time, and
+    does not read meanwhile."""
     honest = Memory()
-    waiting = iter(range(seconds))
+    waiting = iter(range(signs))
 
     def answer(command: int, request: bytes) -> Iterator[bytes]:
-        if command == rpc.HELLO and signs_of_life:
+        if command == rpc.HELLO:
             yield framed(struct.pack("<4B24x", *rpc.VERSION, 1))
         elif command == rpc.BUILD:
             yield framed(bytes(64))
         else:
             if command == busy:
                 for _ in waiting:
-                    time.sleep(1)
-                    if signs_of_life:
-                        yield rpc.KEEP_ALIVE
+                    time.sleep(0.5)
+                    yield rpc.KEEP_ALIVE
             yield honest(command, request) or b""
 
     return answer
@@ -298,7 +286,7 @@ def test_a_client_waits_for_a_worker_that_gives_signs_of_life(
     """It is busy for longer than the deadline."""
     monkeypatch.setenv("KIMI_OPS", "")
     monkeypatch.setenv("GGML_RPC_DEADLINE", "2")
-    with fake_worker(busy_worker(busy, 5, signs_of_life=True)) as endpoint:
+    with fake_worker(busy_worker(busy, 6)) as endpoint:
         play(engine, wide, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])
 
 
@@ -307,7 +295,7 @@ def test_a_client_does_not_wait_for_a_worker_that_is_silent(
     said: bytes, engine: Engine, wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It gave signs of life, and stopped reading and giving them."""
-    given = busy_worker(rpc.SET_TENSOR, 3, signs_of_life=True)
+    given = busy_worker(rpc.SET_TENSOR, 4)
 
     def answer(command: int, request: bytes) -> Iterator[bytes]:
         yield from given(command, request)
@@ -322,13 +310,3 @@ def test_a_client_does_not_wait_for_a_worker_that_is_silent(
     with fake_worker(answer) as endpoint, pytest.raises(PlayError, match=reason):
         play(engine, wide, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])
     assert time.monotonic() - began < 25
-
-
-@pytest.mark.full
-def test_nothing_but_the_deadline_ends_a_connection(
-    engine: Engine, wide: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The worker does not read for longer than its own limit for clients, 30 seconds, and gives no signs of life."""
-    monkeypatch.setenv("KIMI_OPS", "")
-    with fake_worker(busy_worker(rpc.SET_TENSOR, 40, signs_of_life=False)) as endpoint:
-        play(engine, wide, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])

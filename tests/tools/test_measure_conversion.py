@@ -10,32 +10,9 @@ from convert_tools import convert
 from gguf import GGUFReader
 from random_checkpoint import Spec, write_checkpoint
 
-from kimi_gguf.engine.builds import Engine
-from kimi_gguf.engine.progress import Silent
-from kimi_gguf.tools import measure_conversion
-from kimi_gguf.tools.measure_conversion import different_tensors, measure, page
+from kimi_gguf.tools.measure_conversion import different_tensors
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.mark.full
-def test_both_converters_give_the_same_tensors_and_a_page(
-    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measure_conversion, "bench_folder", lambda: tmp_path)
-    source = write_checkpoint(tmp_path / "source", Spec(layers="KM"))
-    rows = [measure(source, kind, 1, engine, Silent()) for kind in ("BF16", "Q4_0")]
-    assert [len(row["quantize"]) for row in rows] == [0, 1]
-    for row in rows:
-        assert set(row["different"]) <= {"ssm_a"}
-    assert all(row["convert"][0] > 0 and row["ours"][0] > 0 for row in rows)
-    assert list((tmp_path / "conversion").iterdir()) == []
-    record = {
-        "machine": {"processor": "P", "cores": 2, "memory_gib": 4}, "bytes": 1, "turns": 1, "rows": rows,
-        "engine": {"llama_cpp_commit": "c", "package": "p"}, "created": "2026-01-01T00:00", "command": "x",
-    }  # fmt: skip
-    rows[0]["different"], rows[1]["different"] = [], ["ssm_a", "output.weight"]
-    assert "| all |" in page(record) and "| all but ssm_a, output.weight |" in page(record)
 
 
 def test_a_changed_byte_is_found(tmp_path: Path) -> None:

@@ -156,19 +156,3 @@ def test_an_archive_of_another_version_is_refused(
     words = ["--archive", str(archive), "--work", str(tmp_path / "work")]
     assert main(["9.8", *words, "--write", "--commit", COMMIT]) == 2
     assert "another version" in capsys.readouterr().err
-
-
-def test_a_changed_tree_of_an_earlier_run_is_not_pinned(tmp_path: Path, series: Series) -> None:
-    """Nor is one that an interrupted run unpacked in part."""
-    pin_file = tmp_path / "upstream.toml"
-    pin_file.write_text(before := PIN_FILE.read_text())
-    archive, work = archive_of(tmp_path), tmp_path / "work"
-    assert move("9.9", archive, work, series, False, None, pin_file) == 0
-    assert move("9.9", archive, work, series, False, None, pin_file) == 0, "the same tree is kept"
-    (tree,) = work.iterdir()
-    for change in ((tree / "src/new.cpp").touch, (tree / "CMakeLists.txt").unlink):
-        change()
-        with pytest.raises(PatchError, match=rf"{tree}: its files are not those of pkg-9\.9\.tar\.gz"):
-            move("9.9", archive, work, series, False, COMMIT, pin_file)
-        (tree / "src/new.cpp").unlink(missing_ok=True)
-    assert pin_file.read_text() == before

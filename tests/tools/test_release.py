@@ -265,28 +265,6 @@ def test_commands_use_the_engine_of_the_wheel(site: Path, tmp_path: Path, demo_d
 
 
 @pytest.mark.full
-def test_doctor_compares_the_commands_and_uninstalling_leaves_no_folder(wheel: Path, tmp_path: Path) -> None:
-    """The commands are in the prefix's bin/, where pip wrote them."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv/bin/python"
-    pip = [sys.executable, "-m", "pip", "--python", python]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
-    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    assert (packages / "kimi_gguf/engine/prebuilt/bin/llama-cli").is_file()
-    look = [python, "-P", "-c", "from kimi_gguf.engine import doctor; print(doctor._unchanged_files())"]
-    environment = {"PYTHONPATH": os.pathsep.join([str(packages), *sys.path])}
-    looked = subprocess.run(look, env=environment, capture_output=True, text=True, check=False)
-    assert looked.stdout.endswith(" files as in the wheel\n"), looked.stderr
-    with (python.parent / "kimi-llama").open("a") as command:
-        command.write("# more\n")
-    looked = subprocess.run(look, env=environment, capture_output=True, text=True, check=False)
-    assert looked.returncode == 1 and "found ../../../bin/kimi-llama;" in looked.stderr
-    subprocess.run([*pip, "uninstall", "--quiet", "--yes", "kimi-gguf"], check=True)
-    assert not [path.name for path in packages.iterdir() if "kimi" in path.name]
-    assert not [path.name for path in python.parent.iterdir() if "kimi" in path.name]
-
-
-@pytest.mark.full
 def test_the_wheel_needs_nothing_but_python(wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without the report, which needs torch. Installs the packages that the wheel requires."""
     assert prove_wheel.main([str(wheel), "--without-report"]) == 0, capsys.readouterr().err
@@ -333,19 +311,6 @@ def test_another_llama_cpp_in_the_process_is_refused(site: Path, tmp_path: Path)
     assert "ImportError: llama_cpp was imported from" in ran.stderr
 
 
-@pytest.mark.full
-def test_torch_and_the_engine_are_in_one_process(site: Path, tmp_path: Path) -> None:
-    ran = in_site(
-        site,
-        tmp_path,
-        "-c",
-        "import torch; from kimi_gguf.engine import llama_cpp; llama_cpp.llama_backend_init(); "
-        "print(torch.ones(200, 200).matmul(torch.ones(200, 200)).sum().item())",
-        LD_LIBRARY_PATH="",
-    )
-    assert (ran.returncode, ran.stdout) == (0, "8000000.0\n"), ran.stderr
-
-
 def test_doctor_finds_a_changed_file(site: Path, tmp_path: Path) -> None:
     words = ("-m", "kimi_gguf.scripts.kimi_llama", "doctor", "--json")
     healthy = json.loads(in_site(site, tmp_path, *words).stdout)
@@ -378,23 +343,6 @@ def test_a_wheel_for_another_architecture_is_named_after_it(engine: Engine) -> N
     published = release.published_manifest(cross, SECONDS)
     assert published["options"] == engine.manifest["options"]
     assert published["cpu"] == "aarch64"
-
-
-def test_a_compiler_for_another_architecture_is_chosen_or_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("CC", "CXX"):
-        monkeypatch.setenv(name, "")  # so that what the call sets is undone
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EngineError, match=r"apt install g\+\+-aarch64-linux-gnu qemu-user"):
-        release.cross_compilation("aarch64")
-    (tmp_path / "aarch64-linux-gnu-g++").touch(0o755)
-    release.cross_compilation("aarch64")
-    assert (os.environ["CC"], os.environ["CXX"]) == ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++")
-    monkeypatch.setenv("CXX", "mine")
-    release.cross_compilation("aarch64")
-    assert os.environ["CXX"] == "mine"
 
 
 def test_a_release_does_not_depend_on_variables(monkeypatch: pytest.MonkeyPatch) -> None:
