@@ -9,8 +9,8 @@ from kimi_gguf.engine.errors import UsageError
 
 def addresses(text: str) -> tuple[str, ...]:
     """The addresses, HOST:PORT each. Raises `UsageError`: llama.cpp would describe its own option instead."""
-    found = tuple(text.split(","))
-    for worker in found:
+    workers = tuple(text.split(","))
+    for worker in workers:
         if not re.fullmatch(r"[^:\s]+:[0-9]{1,5}", worker):
             raise UsageError(
                 "--workers: no address of a worker",
@@ -18,4 +18,4 @@ def addresses(text: str) -> tuple[str, ...]:
                 found=worker or "nothing",
                 todo="start each worker on its machine: kimi-llama worker --help",
             )
-    return found
+    return workers

@@ -33,12 +33,12 @@ def check(path: Path, pin: Pin) -> None:
     """`EngineError` unless the file is the pinned archive, byte for byte."""
     if not path.is_file():
         raise EngineError(f"{path}: no such file", todo=f"give the path of {pin.archive}")
-    found = file_sha256(path)
-    if found != pin.archive_sha256:
+    sha256 = file_sha256(path)
+    if sha256 != pin.archive_sha256:
         raise EngineError(
             f"{path}: not the pinned source archive",
             expected=f"sha256 {pin.archive_sha256}",
-            found=f"sha256 {found}, {path.stat().st_size:,} bytes",
+            found=f"sha256 {sha256}, {path.stat().st_size:,} bytes",
             todo=f"remove {path} and run the command again, which downloads it again",
         )
 
@@ -81,23 +81,23 @@ def unpack(archive: Path, wanted: dict[str, Path]) -> None:
 def _unpack(archive: Path, wanted: dict[str, Path]) -> None:
     with tarfile.open(archive) as tar:
         members = tar.getmembers()
-        plan = [(member, place) for member in members if (place := _place(member, wanted, archive))]
-        for member, place in plan:
+        plan = [(member, target) for member in members if (target := _target(member, wanted, archive))]
+        for member, target in plan:
             if member.isdir():
                 continue
-            place.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             content = tar.extractfile(member)
             assert content is not None, member.name
-            with content, place.open("wb") as file:
+            with content, target.open("wb") as file:
                 shutil.copyfileobj(content, file)
             if member.mode & 0o100:
-                place.chmod(0o755)
-    for prefix, place in wanted.items():
-        if not place.exists():
+                target.chmod(0o755)
+    for prefix, target in wanted.items():
+        if not target.exists():
             raise EngineError(f"{archive}: no {prefix} inside", todo="check the pin in upstream.toml")
 
 
-def _place(member: tarfile.TarInfo, wanted: dict[str, Path], archive: Path) -> Path | None:
+def _target(member: tarfile.TarInfo, wanted: dict[str, Path], archive: Path) -> Path | None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         raise EngineError(
@@ -105,7 +105,7 @@ def _place(member: tarfile.TarInfo, wanted: dict[str, Path], archive: Path) -> P
             expected="relative paths only",
             found=member.name,
         )
-    for prefix, place in wanted.items():
+    for prefix, target in wanted.items():
         if not path.is_relative_to(prefix):
             continue
         if not member.isfile() and not member.isdir():
@@ -115,7 +115,7 @@ def _place(member: tarfile.TarInfo, wanted: dict[str, Path], archive: Path) -> P
                 found=f"{member.name} -> {member.linkname}" if member.linkname else member.name,
             )
         inner = path.relative_to(prefix)
-        return None if ".git" in inner.parts else place / inner
+        return None if ".git" in inner.parts else target / inner
     return None
 
 

@@ -81,18 +81,18 @@ def build_lock(cache: Cache, reporter: Reporter) -> Iterator[int]:
 
 def pinned_source(pin: Pin, cache: Cache, given: Path | None, reporter: Reporter) -> Path:
     """The folder with the archive's llama.cpp/ and llama_cpp/, unpacked once and verified by hash."""
-    place = _source_folder(pin, cache)
+    folder = _source_folder(pin, cache)
     packed = (
-        None if place.is_dir() and given is None else archive.obtain(pin, cache.downloads, given, reporter)
+        None if folder.is_dir() and given is None else archive.obtain(pin, cache.downloads, given, reporter)
     )
-    if packed is None or place.is_dir():
-        return place
+    if packed is None or folder.is_dir():
+        return folder
     reporter.phase(f"unpack {pin.archive}")
     around = PurePosixPath(pin.python_folder).parent
     names = {pin.source_folder: "llama.cpp", pin.python_folder: "llama_cpp"}
     names |= {str(around / name): name for name in PACKAGE_FILES}
-    _unpack_source(packed, names, place, pin)
-    return place
+    _unpack_source(packed, names, folder, pin)
+    return folder
 
 
 def pack_source(pin: Pin, cache: Cache, packed: Path, reporter: Reporter) -> None:
@@ -108,23 +108,23 @@ def pack_source(pin: Pin, cache: Cache, packed: Path, reporter: Reporter) -> Non
 
 def adopt_source(pin: Pin, cache: Cache, packed: Path) -> None:
     """Unpack what `pack_source` wrote into the cache, verified by hash, unless the cache has the sources."""
-    place = _source_folder(pin, cache)
-    if not place.is_dir():
+    folder = _source_folder(pin, cache)
+    if not folder.is_dir():
         if not packed.is_file():
             raise EngineError(
                 f"{packed}: no such file", todo="write it on a machine with a network: bench-gpu --prepare"
             )
         names = ("llama.cpp", "llama_cpp", *PACKAGE_FILES)
-        _unpack_source(packed, dict(zip(names, names, strict=True)), place, pin)
+        _unpack_source(packed, dict(zip(names, names, strict=True)), folder, pin)
 
 
 def _source_folder(pin: Pin, cache: Cache) -> Path:
     return cache.sources / f"{pin.archive_sha256[:16]}-{LAYOUT}"
 
 
-def _unpack_source(packed: Path, names: Mapping[str, str], place: Path, pin: Pin) -> None:
-    """names: by path inside the archive, the path below `place`."""
-    with fresh_folder(place) as scratch:
+def _unpack_source(packed: Path, names: Mapping[str, str], folder: Path, pin: Pin) -> None:
+    """names: by path inside the archive, the path below `folder`."""
+    with fresh_folder(folder) as scratch:
         archive.unpack(packed, {inside: scratch / name for inside, name in names.items()})
         expect_tree(tree_hash(scratch / "llama.cpp"), pin.upstream_tree_sha256, str(packed), _UNPACK_AGAIN)
 
@@ -141,11 +141,11 @@ def build(
 
     limit: seconds of compiling, after which it raises `UnfinishedError`; what is compiled is kept.
     """
-    place = cache.engines / spec.key
+    folder = cache.engines / spec.key
     with _space_errors(cache.root), build_lock(cache, reporter) as lock:
-        present = read_manifest(place)
+        present = read_manifest(folder)
         if present is not None and (present["tests"] or not tests):
-            return place  # another process has built it in the meantime
+            return folder  # another process has built it in the meantime
         _sweep(cache)
         _require_space(cache.root, spec.backend)
         began = time.monotonic()
@@ -166,12 +166,12 @@ def build(
                 raise _with_log(error, log, cache, spec) from error
         reporter.phase("install")
         manifest = _manifest(spec, digest, wanted, time.monotonic() - began)
-        with fresh_folder(place) as scratch:
+        with fresh_folder(folder) as scratch:
             _install(work / "build" / "bin", source, scratch, wanted)
             log.replace(scratch / "build.log")
             check_runs(scratch, dict(spec.options).get(EMULATOR, "").split(";"))
             (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    return place
+    return folder
 
 
 # What other modules read from the manifest of a build.
@@ -181,9 +181,9 @@ _MANIFEST = {
 }  # fmt: skip
 
 
-def read_manifest(place: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished build; None if there is none, or if it is damaged: the build is then made again."""
-    path = place / "manifest.json"
+    path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "null")
     except (FileNotFoundError, ValueError):
@@ -197,18 +197,18 @@ def read_manifest(place: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def fresh_folder(place: Path) -> Iterator[Path]:
-    """A scratch folder that is renamed to `place` if the block succeeds, and removed if it does not."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    scratch = place.with_name(f".{place.name}.new")
-    old = place.with_name(f".{place.name}.old")
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that is renamed to `folder` if the block succeeds, and removed if it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.new")
+    old = folder.with_name(f".{folder.name}.old")
     _remove(scratch, old)
     scratch.mkdir()
     try:
         yield scratch
-        if place.exists():
-            place.rename(old)
-        scratch.rename(place)
+        if folder.exists():
+            folder.rename(old)
+        scratch.rename(folder)
     finally:
         _remove(scratch, old)
 
@@ -218,12 +218,12 @@ def _remove(*folders: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_runs(place: Path, emulator: Sequence[str] = ()) -> str:
+def check_runs(folder: Path, emulator: Sequence[str] = ()) -> str:
     """Run the build's own program once; return its version text. Raises `EngineError` with its output.
 
     emulator: the words of the command that runs programs of another architecture.
     """
-    program = place / "bin" / "llama-cli"
+    program = folder / "bin" / "llama-cli"
     command = [*filter(None, emulator), str(program), "--version"]
     if shutil.which(command[0]) is None:
         raise EngineError(
@@ -306,19 +306,19 @@ def _with_log(error: EngineError, log: Path, cache: Cache, spec: BuildSpec) -> E
     return EngineError(error.what, expected=error.expected, found=error.found, todo=todo)
 
 
-def _install(built: Path, source: Path, place: Path, wanted: dict[str, list[str]]) -> None:
+def _install(built: Path, source: Path, folder: Path, wanted: dict[str, list[str]]) -> None:
     """Copy programs, libraries and the Python package into the folder of the finished build."""
-    for folder in ("bin", "lib", "python"):
-        (place / folder).mkdir()
+    for name in ("bin", "lib", "python"):
+        (folder / name).mkdir()
     for name in (*wanted["programs"], *wanted["tests"]):
-        shutil.copy2(built / name, place / "bin" / name)
+        shutil.copy2(built / name, folder / "bin" / name)
     for path in sorted(built.glob("lib*")):
         if ".so" in path.name or path.suffix == ".dylib":
-            shutil.copy2(path, place / "lib" / path.name, follow_symlinks=False)
-    shutil.copytree(source / "llama_cpp", place / "python" / "llama_cpp")
+            shutil.copy2(path, folder / "lib" / path.name, follow_symlinks=False)
+    shutil.copytree(source / "llama_cpp", folder / "python" / "llama_cpp")
     for name in PACKAGE_FILES:
-        shutil.copyfile(source / name, place / "python" / name)
-    shutil.copyfile(source / "llama.cpp" / "LICENSE", place / "LICENSE")
+        shutil.copyfile(source / name, folder / "python" / name)
+    shutil.copyfile(source / "llama.cpp" / "LICENSE", folder / "LICENSE")
 
 
 def _manifest(spec: BuildSpec, digest: str, wanted: dict[str, list[str]], seconds: float) -> dict[str, Any]:

@@ -73,10 +73,10 @@ print(*(name for name in sys.argv[2:] if getattr(load(best), "ggml_cpu_has_" + n
 
 @dataclass(frozen=True)
 class Engine:
-    """A finished build."""
+    """A finished build of llama.cpp. Texts that users read, and variables of a folder, say build."""
 
     key: str
-    prefix: Path  # holds bin/, lib/, python/, manifest.json, build.log
+    folder: Path  # holds bin/, lib/, python/, manifest.json, build.log
     is_upstream: bool
     backends: tuple[str, ...]
     manifest: Mapping[str, Any]
@@ -84,12 +84,12 @@ class Engine:
     @property
     def bin(self) -> Path:
         """Folder of the programs."""
-        return self.prefix / "bin"
+        return self.folder / "bin"
 
     @property
     def lib(self) -> Path:
         """Folder of the shared libraries."""
-        return self.prefix / "lib"
+        return self.folder / "lib"
 
     @property
     def tests(self) -> bool:
@@ -111,7 +111,7 @@ class Engine:
     @property
     def name(self) -> str:
         """The name in printed text: the backend and the settings that differ from the defaults."""
-        if self.prefix == PREBUILT:
+        if self.folder == PREBUILT:
             return WHEEL
         return "+".join([self.backends[0], *(f"{name}={value}" for name, value in self.defines)])
 
@@ -125,7 +125,7 @@ class Engine:
         native = self.manifest["options"].get("GGML_NATIVE") == "ON"
         _, words = _probe(self.lib)
         names = [_INSTRUCTIONS[word] for word in words]
-        implied = {each for name in names for each in _IMPLIED.get(name, ())}
+        implied = {less for name in names for less in _IMPLIED.get(name, ())}
         shown = [name for name in names if name not in implied]
         return f"{'native' if native else 'portable'}: {' '.join(shown) or 'instruction set unknown'}"
 
@@ -145,7 +145,7 @@ class Engine:
 
     def environment(self) -> dict[str, str]:
         """The environment for a Python process that imports llama_cpp from this build."""
-        paths = [str(self.prefix / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(self.folder / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**os.environ, "LLAMA_CPP_LIB_PATH": str(self.lib), "PYTHONPATH": os.pathsep.join(paths)}
 
 
@@ -202,13 +202,13 @@ def ensure(
     """
     spec = make_build_spec(upstream, backend, source, defines)
     cache = Cache(cache_folder())
-    place = cache.engines / spec.key
-    engine = load(place)
+    folder = cache.engines / spec.key
+    engine = load(folder)
     if engine is None or (tests and not engine.tests):
         with reporting() as reporter:
             build(spec, cache, archive, tests, reporter, limit)
-        engine = load(place)
-        assert engine is not None, place
+        engine = load(folder)
+        assert engine is not None, folder
     return engine
 
 
@@ -325,8 +325,8 @@ def _command(name: str, upstream: bool) -> str:
 def builds(upstream: bool = False) -> list[Engine]:
     """All finished builds of the current pin, series and processor, with any options."""
     wanted, cache = provenance(upstream), Cache(cache_folder())
-    places = sorted(cache.engines.glob("[0-9a-f]*")) if _visible(cache.engines) else []
-    engines = [engine for place in (PREBUILT, *places) if (engine := load(place))]
+    folders = sorted(cache.engines.glob("[0-9a-f]*")) if _visible(cache.engines) else []
+    engines = [engine for folder in (PREBUILT, *folders) if (engine := load(folder))]
     ours = [e for e in engines if all(e.manifest.get(name) == value for name, value in wanted.items())]
     return [e for e in ours if e.manifest["cpu"] == processor(e.backends[0])]
 
@@ -343,10 +343,10 @@ def upstream_source() -> Path:
         return pinned_source(load_pin(), cache, None, reporter)
 
 
-def load(place: Path) -> Engine | None:
+def load(folder: Path) -> Engine | None:
     """The finished build in a folder, or None if there is none."""
-    manifest = read_manifest(place)
+    manifest = read_manifest(folder)
     if manifest is None:
         return None
     backends = tuple(manifest["backends"])
-    return Engine(manifest["key"], place, manifest["upstream"], backends, MappingProxyType(manifest))
+    return Engine(manifest["key"], folder, manifest["upstream"], backends, MappingProxyType(manifest))

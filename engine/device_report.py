@@ -89,7 +89,7 @@ def _verify(engine: Engine) -> tuple[tuple[Device, ...], bool]:
     if not os.access(program, os.X_OK):
         raise EngineError(
             f"{program}: the program that checks the devices is missing",
-            todo=f"remove {engine.prefix} and run kimi-llama build --backend {engine.backends[0]}",
+            todo=f"remove {engine.folder} and run kimi-llama build --backend {engine.backends[0]}",
         )
     ended = subprocess.run([program], stdout=subprocess.PIPE, text=True, errors="replace", check=False)
     if ended.returncode not in (0, 1):

@@ -111,7 +111,7 @@ class Diagnosis:
         """All data, ready for JSON."""
         engines = [
             {
-                "prefix": str(health.engine.prefix),
+                "prefix": str(health.engine.folder),
                 "name": health.engine.name,
                 "instructions": health.engine.instructions(),
                 **health.engine.manifest,
@@ -191,7 +191,7 @@ def _version(engine: Engine) -> str:
             "llama-cli --version fails or names another commit",
             expected=str(engine.manifest["commit"]),
             found=text or f"exit status {result.returncode}",
-            todo=f"remove {engine.prefix} and run kimi-llama build",
+            todo=f"remove {engine.folder} and run kimi-llama build",
         )
     return ", ".join(line.strip() for line in text.splitlines())
 
@@ -220,10 +220,10 @@ def _python(engine: Engine, tempting: list[str]) -> str:
             todo=f"{install('diskcache', 'jinja2', 'typing-extensions')}, which llama_cpp imports",
         )
     report = json.loads(result.stdout.strip().splitlines()[-1])
-    if not Path(report["package"]).is_relative_to(engine.prefix):
+    if not Path(report["package"]).is_relative_to(engine.folder):
         raise EngineError(
             "another llama_cpp shadows the build's own",
-            expected=f"a package below {engine.prefix}",
+            expected=f"a package below {engine.folder}",
             found=report["package"],
             todo="uninstall it or remove it from PYTHONPATH",
         )
@@ -241,7 +241,7 @@ def _expect_own(engine: Engine, loaded: list[str], who: str) -> None:
             f"{who} loads libraries that are not its build's own",
             expected=f"libraries in {engine.lib}",
             found=", ".join(foreign) or "none of llama.cpp's",
-            todo=f"unset LD_PRELOAD; if that does not help, remove {engine.prefix} and run kimi-llama build",
+            todo=f"unset LD_PRELOAD; if that does not help, remove {engine.folder} and run kimi-llama build",
         )
 
 
@@ -304,17 +304,17 @@ def _unchanged_files() -> str:
     }
     wrong, outside = [], []
     for name, value in listed.items():
-        place = _place(site, name)
+        path = _installed_path(site, name)
         try:
-            if place is None:
+            if path is None:
                 outside.append(name)
             elif not value:
                 wrong.append(f"{name} (no hash in RECORD)")
-            elif not place.is_file():  # reading a pipe would wait forever
-                wrong.append(f"{name} ({'not a file' if place.exists() else 'missing'})")
-            elif record_hash(content := place.read_bytes()) != value:
+            elif not path.is_file():  # reading a pipe would wait forever
+                wrong.append(f"{name} ({'not a file' if path.exists() else 'missing'})")
+            elif record_hash(content := path.read_bytes()) != value:
                 wrong.append(name)
-            elif place.suffix == ".py" and _compiled_otherwise(place, content):
+            elif path.suffix == ".py" and _compiled_otherwise(path, content):
                 wrong.append(f"{name} (its compiled file in __pycache__)")
         except (OSError, ValueError):  # ValueError: no name of a file
             wrong.append(f"{name} (cannot be read)")
@@ -351,7 +351,7 @@ def _record(site: Path) -> dict[str, str]:
         return {}
 
 
-def _place(site: Path, name: str) -> Path | None:
+def _installed_path(site: Path, name: str) -> Path | None:
     """Where a file of RECORD is, whose name is relative to `site`; None if that is outside of the installation."""
     path, commands = Path(os.path.normpath(site / name)), _command_folders(site)
     if path.is_relative_to(site) or path.parent in commands:

@@ -49,7 +49,7 @@ def _summary(diagnosis: Diagnosis) -> list[str]:
         seen = next(check.seen for check in health.checks if not check.passed)
         lines += [
             f"build {engine.name} {engine.key[:SHORT_KEY]}, which runs only if it is named, does not work here: {seen} "
-            f"(if you do not need it, remove {engine.prefix})"
+            f"(if you do not need it, remove {engine.folder})"
         ]
     return lines
 
@@ -63,7 +63,7 @@ def _engine(health: Health) -> list[str]:
         f"build {engine.name} {engine.key}: {kind}, for {' and '.join(engine.backends)}{tests}",
         f"      for       {engine.instructions()}",
         *map(_line, health.checks),
-        f"      at        {engine.prefix}",
+        f"      at        {engine.folder}",
         f"      from      {source}, tree {manifest['tree_sha256'][:16]}, {manifest['built']}",
         *(f"      compiler  {language}: {text}" for language, text in manifest["compilers"].items()),
         *(f"      with      {text}" for text in manifest.get("binutils", ())),

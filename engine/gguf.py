@@ -217,23 +217,24 @@ def _other_splits(first: GgufFile) -> list[Path]:
     count, number = first.keys.get(COUNT, 0), first.keys.get(NUMBER, 0)
     if not isinstance(count, int) or count <= 1:
         return []
-    place = place_in_set(first.path)
-    if place is None or len(place[1]) != count:
+    position, splits = place_in_set(first.path) or (0, [])
+    if len(splits) != count:
         raise GgufError(
             f"{first.path}: split of {count}",
             expected=f"a name like NAME-00001-of-{count:05d}.gguf",
             todo="restore its original name",
         )
-    if number != 0 or place[0] != 1:
+    if number != 0 or position != 1:
         raise GgufError(
-            f"{first.path}: is split {place[0]} of {count}", todo=f"give the first one, {place[1][0].name}"
+            f"{first.path}: is split {position} of {count}",
+            todo=f"give the first one, {splits[0].name}",
         )
-    for path in place[1]:
+    for path in splits:
         if not path.exists():
             raise GgufError(
                 f"{path}: not found, but the model has {count} splits", todo="put all of them into one folder"
             )
-    return place[1][1:]
+    return splits[1:]
 
 
 def _check_split(split: GgufFile, number: int, first: GgufFile) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from kimi_gguf.engine.builds import select
 
 _engine = select(make=False)
-_folder = _engine.prefix / "python"
+_folder = _engine.folder / "python"
 _loaded = sys.modules.get("llama_cpp")
 if _loaded is not None and not Path(str(_loaded.__file__)).is_relative_to(_folder):
     raise ImportError(

@@ -14,10 +14,10 @@ _LAYER: Final = re.compile(r"blk\.([0-9]{1,9})\.")
 
 def layer_of(name: str) -> int:
     """The number of a tensor's layer; -1 if it is of none, as `output.weight` is."""
-    found = _LAYER.match(name)
-    return int(found[1]) if found else -1
+    match = _LAYER.match(name)
+    return int(match[1]) if match else -1
 
 
 def without_layer(name: str) -> str:
     """The name without its layer, such as `attn_norm.weight`."""
-    return name[found.end() :] if (found := _LAYER.match(name)) else name
+    return name[match.end() :] if (match := _LAYER.match(name)) else name

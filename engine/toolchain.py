@@ -76,9 +76,9 @@ def build_variables(backend: str) -> tuple[tuple[str, str], ...]:
     that names a compiler the words after the program, as in CXX="g++ -O0". Raises `EngineError`."""
     names = (*VARIABLES[""], *VARIABLES.get(backend, ()))
     programs = (*_PROGRAMS[""], *_PROGRAMS.get(backend, ()))
-    found = [(name, os.environ.get(name, "")) for name in names]
-    found += [(name, shlex.join(program_words(name)[1:])) for name in programs]
-    return tuple(sorted((name, text) for name, text in found if text))
+    values = [(name, os.environ.get(name, "")) for name in names]
+    values += [(name, shlex.join(program_words(name)[1:])) for name in programs]
+    return tuple(sorted((name, text) for name, text in values if text))
 
 
 def program_words(variable: str) -> list[str]:

@@ -42,7 +42,7 @@ def make_wheel(engine: Engine, folder: Path) -> Path:
 
 def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
     """All files of the wheel by their name in it."""
-    package, info = engine.prefix / "python", f"{_NAME}-{version}.dist-info"
+    package, info = engine.folder / "python", f"{_NAME}-{version}.dist-info"
     metadata = (package / "PKG-INFO").read_text(encoding="utf-8")
     metadata = re.sub(r"(?m)^Version:.*", f"Version: {version}", metadata, count=1)
     wheel = f"Wheel-Version: 1.0\nGenerator: kimi-gguf\nRoot-Is-Purelib: false\nTag: {tag}\n"
@@ -51,8 +51,8 @@ def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
         **{path.relative_to(package).as_posix(): path for path in sources if path.suffix != ".pyc"},
         **{f"llama_cpp/lib/{path.name}": path for path in [*_wanted_libraries(engine), *_verify(engine)]},
         f"{info}/licenses/LICENSE.md": package / "LICENSE.md",
-        f"{info}/licenses/llama.cpp/LICENSE": engine.prefix / "LICENSE",
-        f"{info}/kimi-gguf.json": engine.prefix / "manifest.json",
+        f"{info}/licenses/llama.cpp/LICENSE": engine.folder / "LICENSE",
+        f"{info}/kimi-gguf.json": engine.folder / "manifest.json",
     }
     contents = {name: path.read_bytes() for name, path in files.items()}
     contents[f"{info}/METADATA"] = metadata.encode()

@@ -96,12 +96,12 @@ def _build(parsed: argparse.Namespace) -> int:
 
         print(make_wheel(engine, parsed.wheel))
     else:
-        print(engine.prefix)
+        print(engine.folder)
     return 0
 
 
 def _path(parsed: argparse.Namespace) -> int:
-    print(select(parsed.build, parsed.upstream, make=False).prefix)
+    print(select(parsed.build, parsed.upstream, make=False).folder)
     return 0
 
 

@@ -283,7 +283,7 @@ def _check_workers(given: Sequence[str]) -> None:
 def _expect_to_run(engine: Engine) -> None:
     """A GPU build needs its vendor's libraries, which may have been removed; the CPU build is not used instead."""
     try:
-        check_runs(engine.prefix)
+        check_runs(engine.folder)
     except KimiError as error:
         todo = f"{error.todo}; or use the CPU build: --build cpu"
         raise EngineError(error.what, found=error.found, todo=todo) from error

@@ -114,7 +114,7 @@ def _own_build(shared: Path, upstream: bool) -> Engine:
         built = ensure(upstream, tests=True)
     place = cache_folder() / "engines" / built.key
     if not place.exists():
-        place.symlink_to(built.prefix)
+        place.symlink_to(built.folder)
     own = load(place)
     assert own is not None
     return own

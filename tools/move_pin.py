@@ -131,19 +131,19 @@ def move(
     return int(any(verdict != APPLIES for verdict in verdicts))
 
 
-def unpacked(archive: Path, folder: str, place: Path) -> Path:
-    """The archive's folder, written to `place`. Raises `PatchError` if other files are there."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".unpacked-") as scratch:
+def unpacked(archive: Path, folder: str, target: Path) -> Path:
+    """The archive's folder, written to `target`. Raises `PatchError` if other files are there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacked-") as scratch:
         whole = Path(scratch) / "source"
         unpack(archive, {folder: whole})
-        if place.exists():
-            todo = f"remove {place}; changes to llama.cpp belong into the patches"
+        if target.exists():
+            todo = f"remove {target}; changes to llama.cpp belong into the patches"
             problem = f"its files are not those of {archive.name}"
-            expect_tree(tree_hash(place), tree_hash(whole), str(place), todo, problem)
+            expect_tree(tree_hash(target), tree_hash(whole), str(target), todo, problem)
         else:
-            whole.rename(place)
-    return place
+            whole.rename(target)
+    return target
 
 
 def print_needed(trials: list[Trial], series: Series, source: Path, work: Path) -> None:

@@ -67,7 +67,7 @@ class ProveError(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class Sandbox:
     """An empty prefix and an empty home below a folder."""
 
     folder: Path
@@ -203,31 +203,33 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def leftovers(place: Place, before: set[Path]) -> list[Path]:
+def leftovers(sandbox: Sandbox, before: set[Path]) -> list[Path]:
     """What is in prefix, home and temporary folder besides the other packages, what was there before, and caches."""
-    owned = set(map(Path, place.call("python", "-c", _OWNED).splitlines()))
+    owned = set(map(Path, sandbox.call("python", "-c", _OWNED).splitlines()))
     found = []
-    for path in place.files() - before:
+    for path in sandbox.files() - before:
         source = path.parent.parent / f"{path.name.split('.')[0]}.py"
         compiled = path.parent.name == "__pycache__" and source.exists()
         if path.parent.resolve() / path.name not in owned and not compiled:
             found.append(path)
-    kept = [place.home / name for name in CACHES]
-    for path in (*place.home.rglob("*"), *place.temporary.rglob("*")):
+    kept = [sandbox.home / name for name in CACHES]
+    for path in (*sandbox.home.rglob("*"), *sandbox.temporary.rglob("*")):
         if not any(path.is_relative_to(each) or each.is_relative_to(path) for each in kept):
             found.append(path)
     return sorted(found)
 
 
-def serve(place: Place, gguf: Path) -> str:
+def serve(sandbox: Sandbox, gguf: Path) -> str:
     """Start a server, ask it one question, end it; the answer. Raises `ProveError` with the end of the server's log."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [str(place.prefix / "bin/kimi-llama"), "serve", str(gguf), "--port", str(port)]
+    command = [str(sandbox.prefix / "bin/kimi-llama"), "serve", str(gguf), "--port", str(port)]
     began = time.monotonic()
-    path = place.folder / "serve.log"
+    path = sandbox.folder / "serve.log"
     with path.open("w") as log:
-        server = subprocess.Popen(command, cwd=place.folder, env=place.environment(), stdout=log, stderr=log)
+        server = subprocess.Popen(
+            command, cwd=sandbox.folder, env=sandbox.environment(), stdout=log, stderr=log
+        )
         try:
             answer = _ask(server, port)
         except ProveError as error:
@@ -268,33 +270,35 @@ def _ask(server: subprocess.Popen[bytes], port: int) -> str:
     raise ProveError(f"no answer after {STARTING:.0f} s")
 
 
-def prove(wheel: Path, checkpoint: Path, place: Place, report: bool) -> None:
+def prove(wheel: Path, checkpoint: Path, sandbox: Sandbox, report: bool) -> None:
     """All steps. Raises `ProveError` at the first that fails."""
-    place.make()
-    check_tools(place.environment()["PATH"])
-    before = place.files()
-    place.install(wheel)
-    check_doctor(place.call("kimi-llama", "doctor", "--json"))
-    gguf, text = place.folder / "demo-Q4_K_M.gguf", checkpoint / "heldout.txt"
+    sandbox.make()
+    check_tools(sandbox.environment()["PATH"])
+    before = sandbox.files()
+    sandbox.install(wheel)
+    check_doctor(sandbox.call("kimi-llama", "doctor", "--json"))
+    gguf, text = sandbox.folder / "demo-Q4_K_M.gguf", checkpoint / "heldout.txt"
     layers = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-    place.call("convert-kimi", checkpoint, "-o", gguf, "--type", "Q4_K_M")
-    place.call("convert-kimi", "verify", gguf, "--checkpoint", checkpoint)
-    check_inspect(place.call("convert-kimi", "inspect", gguf, "--json"), "Q4_K_M", layers)
-    check_run(place.call("kimi-llama", "run", gguf, "-p", BEGINNING, "-n", "16", "--temp", "0"))
-    chat = place.call("kimi-llama", "chat", gguf, "--single-turn", "-p", QUESTION, "-n", "60", "--temp", "0")
-    check_answer("llama_cpp", place.call("python", "-c", _LLAMA, gguf, QUESTION).strip(), chat)
-    check_answer("kimi-llama serve", serve(place, gguf).strip(), chat)
-    check_bench(place.call("kimi-llama", "bench", gguf, "--depth", "0"))
+    sandbox.call("convert-kimi", checkpoint, "-o", gguf, "--type", "Q4_K_M")
+    sandbox.call("convert-kimi", "verify", gguf, "--checkpoint", checkpoint)
+    check_inspect(sandbox.call("convert-kimi", "inspect", gguf, "--json"), "Q4_K_M", layers)
+    check_run(sandbox.call("kimi-llama", "run", gguf, "-p", BEGINNING, "-n", "16", "--temp", "0"))
+    chat = sandbox.call(
+        "kimi-llama", "chat", gguf, "--single-turn", "-p", QUESTION, "-n", "60", "--temp", "0"
+    )
+    check_answer("llama_cpp", sandbox.call("python", "-c", _LLAMA, gguf, QUESTION).strip(), chat)
+    check_answer("kimi-llama serve", serve(sandbox, gguf).strip(), chat)
+    check_bench(sandbox.call("kimi-llama", "bench", gguf, "--depth", "0"))
     if report:
-        place.install(f"{wheel}[validate]")
-        folder = place.folder / "report"
+        sandbox.install(f"{wheel}[validate]")
+        folder = sandbox.folder / "report"
         options = ("--text", text, "--tokens", "256", "--out", folder)
-        place.call("validate-kimi", gguf, "--checkpoint", checkpoint, *options)
+        sandbox.call("validate-kimi", gguf, "--checkpoint", checkpoint, *options)
         if not (folder / "report.html").is_file():
             raise ProveError(f"{folder}: no report")
-    check_doctor(place.call("kimi-llama", "doctor", "--json"))
-    place.call("python", "-m", "pip", "uninstall", "--quiet", "--yes", "kimi-gguf")
-    if left := leftovers(place, before):
+    check_doctor(sandbox.call("kimi-llama", "doctor", "--json"))
+    sandbox.call("python", "-m", "pip", "uninstall", "--quiet", "--yes", "kimi-gguf")
+    if left := leftovers(sandbox, before):
         raise ProveError("\n".join(["uninstalling left", *map(str, left[:20])]))
 
 
@@ -326,8 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{parsed.wheel}: no such file")
     try:
         with tempfile.TemporaryDirectory(prefix="prove-wheel-") as scratch:
-            place = Place(parsed.out.resolve() if parsed.out else Path(scratch).resolve())
-            prove(parsed.wheel.resolve(), parsed.checkpoint.resolve(), place, not parsed.without_report)
+            sandbox = Sandbox(parsed.out.resolve() if parsed.out else Path(scratch).resolve())
+            prove(parsed.wheel.resolve(), parsed.checkpoint.resolve(), sandbox, not parsed.without_report)
     except (ProveError, OSError) as error:
         print(f"prove-wheel: error: {error}", file=sys.stderr)
         return 1

@@ -103,23 +103,23 @@ def release(out: Path, reporter: Reporter, arch: str | None = None) -> list[Path
     document = sbom(source, load_pin(), VERSION, "MIT")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
-        place = Path(folder)
+        unfinished = Path(folder)
         reporter.phase("pack the sources")
-        sdist = make_sdist(place, VERSION, seconds)
+        sdist = make_sdist(unfinished, VERSION, seconds)
         if tracked() != began:
             raise EngineError(
                 f"{ROOT}: tracked files changed while the engine compiled, so the release would be of no commit",
                 todo="run it again: what is compiled is kept",
             )
         reporter.phase("pack the wheel")
-        pure = pure_wheel(sdist, place)
-        wheel = make_wheel(pure, place, engine, notices(source, load_pin()), document, seconds)
+        pure = pure_wheel(sdist, unfinished)
+        wheel = make_wheel(pure, unfinished, engine, notices(source, load_pin()), document, seconds)
         pure.unlink()
         check_policy(wheel, engine)
-        bill = place / f"kimi_gguf-{VERSION}.cdx.json"
+        bill = unfinished / f"kimi_gguf-{VERSION}.cdx.json"
         bill.write_bytes(document)
         files = [wheel, sdist, bill]
-        sums = place / "SHA256SUMS"
+        sums = unfinished / "SHA256SUMS"
         lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
         sums.write_text("".join(sorted(lines, key=lambda line: line.split()[1])))
         return [path.replace(out / path.name) for path in (*files, sums)]
@@ -138,8 +138,8 @@ def forget_variables(reporter: Reporter) -> None:
                 found=os.environ[name],
                 todo=f"set {name} to the compiler, or unset it",
             )
-    if found := [name for name in VARIABLES[""] if os.environ.pop(name, "")]:
-        reporter.note(f"not used for a release: {', '.join(found)}")
+    if variables := [name for name in VARIABLES[""] if os.environ.pop(name, "")]:
+        reporter.note(f"not used for a release: {', '.join(variables)}")
 
 
 def cross_compilation(arch: str) -> tuple[tuple[str, str], ...]:
@@ -242,8 +242,8 @@ def make_wheel(
     wheel = wheel.replace("Root-Is-Purelib: true", "Root-Is-Purelib: false").replace("py3-none-any", tag)
     files[f"{info}/WHEEL"] = wheel.encode()
     programs: set[str] = set()
-    for path in sorted(engine.prefix.rglob("*")):
-        name = path.relative_to(engine.prefix).as_posix()
+    for path in sorted(engine.folder.rglob("*")):
+        name = path.relative_to(engine.folder).as_posix()
         if path.is_file() and wanted(name):
             files[f"{ENGINE}/{name}"] = path.read_bytes()
             programs |= {f"{ENGINE}/{name}"} if name.startswith(("bin/", "lib/")) else set()
@@ -276,8 +276,8 @@ def published_manifest(engine: Engine, seconds: int) -> dict[str, Any]:
     options = {**engine.manifest["options"]}
     for name in (SYSTEM, MACHINE, EMULATOR):
         options.pop(name, None)
-    own = {"seconds": None, "built": built, "compilers": compilers, "options": options}
-    published = {**engine.manifest, **own, "tests": False, "test_programs": []}
+    replaced = {"seconds": None, "built": built, "compilers": compilers, "options": options}
+    published = {**engine.manifest, **replaced, "tests": False, "test_programs": []}
     del published["key"]  # that of the cache depends on the compilers' paths
     return {**published, "key": hashlib.sha256(_json(published)).hexdigest()[: len(engine.key)]}
 
@@ -302,11 +302,11 @@ def check_policy(wheel: Path, engine: Engine) -> None:
         return
     command = [sys.executable, "-P", "-m", "auditwheel", "show", str(wheel)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = " ".join((ended.stdout + ended.stderr).split())
-    if f'consistent with the following platform tag: "{platform_tag(engine)}"' not in said:
+    verdict = " ".join((ended.stdout + ended.stderr).split())
+    if f'consistent with the following platform tag: "{platform_tag(engine)}"' not in verdict:
         raise EngineError(
             f"{wheel.name}: not a {POLICY} wheel",
-            found=said[-2000:],
+            found=verdict[-2000:],
             todo="see which symbols are too new: python -m auditwheel show WHEEL",
         )
 

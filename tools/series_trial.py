@@ -55,8 +55,8 @@ def try_patch(tree: Tree, patch: Patch) -> Trial:
         tree.edit(change.path, content)
         for conflict in conflicts:
             there = "upstream has this change already; " if conflict.is_there else ""
-            place = f"{change.path}:{conflict.line}" if conflict.line else change.path
-            found.append(f"{place}: {there}{conflict.reason}")
+            where = f"{change.path}:{conflict.line}" if conflict.line else change.path
+            found.append(f"{where}: {there}{conflict.reason}")
     for overlay in patch.overlays:
         if tree.read(overlay.dest) is not None:
             found.append(f"{overlay.dest}: {overlay.source} would replace a file of upstream")

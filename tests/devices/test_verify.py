@@ -471,7 +471,7 @@ def test_a_file_of_the_build_that_changes_is_checked_again(world: World, tmp_pat
     shutil.copytree(world.engine.lib, build / "lib", symlinks=True)
     (build / "bin").mkdir()
     program = Path(shutil.copy(world.engine.bin / "kimi-verify", build / "bin"))
-    (build / "python").symlink_to(world.engine.prefix / "python")
+    (build / "python").symlink_to(world.engine.folder / "python")
     backend = Path(shutil.copy(world.backend, tmp_path))
     own = replace(world, engine=replace(world.engine, prefix=build), backend=backend)
     (common,) = {each.resolve() for each in (build / "lib").glob("libggml-base.*")}
@@ -584,7 +584,7 @@ def test_a_worker_checks_its_devices(
 def without_program(world: World, tmp_path: Path) -> World:
     """The same build as libraries only, as another program may bring them."""
     shutil.copytree(world.engine.lib, tmp_path / "build" / "lib")
-    (tmp_path / "build" / "python").symlink_to(world.engine.prefix / "python")
+    (tmp_path / "build" / "python").symlink_to(world.engine.folder / "python")
     return replace(world, engine=replace(world.engine, prefix=tmp_path / "build"))
 
 
@@ -620,7 +620,7 @@ def test_doctor_prints_json(fault: str, world: World) -> None:
     report = json.loads(ended.stdout)
     (device,) = report["devices"]
     assert report["passed"] == (not fault)
-    assert report["commit"] == json.loads((world.engine.prefix / "manifest.json").read_text())["commit"]
+    assert report["commit"] == json.loads((world.engine.folder / "manifest.json").read_text())["commit"]
     assert device["facts"]["device"] == "SECOND0 (the CPU with memory of its own)"
     assert device["seconds"]["checked"] > 0
     expected = HEALTHY | ({fault: "WRONG"} if fault else {})
@@ -643,6 +643,6 @@ def test_doctor_checks_checks_again_and_prints_a_text_for_an_issue(fault: str, w
         assert table == dict.fromkeys(PARTS, "passed") | ({fault: "WRONG"} if fault else {})
         assert ended.stdout.startswith("```\n")
         assert ended.stdout.endswith("\n```\n")
-        assert json.loads((world.engine.prefix / "manifest.json").read_text())["commit"] in ended.stdout
+        assert json.loads((world.engine.folder / "manifest.json").read_text())["commit"] in ended.stdout
         assert "device   SECOND0 (the CPU with memory of its own)" in ended.stdout
         assert "into an issue" in ended.stderr

@@ -42,7 +42,7 @@ def test_building_again_takes_less_than_two_seconds(engine: Engine) -> None:
     began = time.monotonic()
     told = output(*COMMAND, "build")
     assert time.monotonic() - began < 2.0
-    assert told == f"{engine.prefix}\n"
+    assert told == f"{engine.folder}\n"
     assert ensure(tests=True) == engine
 
 
@@ -59,8 +59,8 @@ def test_patched_and_upstream_do_not_load_each_others_libraries(engine: Engine, 
     for own, other in ((engine, upstream), (upstream, engine)):
         for program in own.bin.iterdir():
             listed = output(program, LD_TRACE_LOADED_OBJECTS="1", LD_LIBRARY_PATH=str(other.lib))
-            assert str(own.prefix.resolve()) in listed
-            assert str(other.prefix.resolve()) not in listed, program.name
+            assert str(own.folder.resolve()) in listed
+            assert str(other.folder.resolve()) not in listed, program.name
 
 
 def test_llama_cpp_python_loads_the_builds_libraries(engine: Engine, upstream: Engine) -> None:
@@ -69,7 +69,7 @@ def test_llama_cpp_python_loads_the_builds_libraries(engine: Engine, upstream: E
         environment = {**own.environment(), "LD_LIBRARY_PATH": str(other.lib)}
         told = output(sys.executable, "-P", "-c", probe, **environment)
         assert str(own.lib.resolve() / "libllama.so") in told
-        assert str(other.prefix.resolve()) not in told
+        assert str(other.folder.resolve()) not in told
 
 
 def test_the_manifest_tells_pin_patches_and_tree(engine: Engine, upstream: Engine) -> None:
@@ -86,7 +86,7 @@ def test_the_manifest_tells_pin_patches_and_tree(engine: Engine, upstream: Engin
 def test_path_and_find_give_the_build(engine: Engine, upstream: Engine) -> None:
     assert find() == engine
     assert find(upstream=True) == upstream
-    assert output(*COMMAND, "path", "--upstream") == f"{upstream.prefix}\n"
+    assert output(*COMMAND, "path", "--upstream") == f"{upstream.folder}\n"
 
 
 def test_what_is_exported_applies_to_upstreams_source(tmp_path: Path) -> None:

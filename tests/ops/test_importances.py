@@ -58,7 +58,7 @@ def importances(engine: Engine, model: Path, folder: Path, choice: str, *options
     (folder / "text").write_text(" ".join(random.choice(["the", "in", "at", "wren", "stone"], 1200)))
     file = folder / "imatrix.gguf"
     command = [
-        engine.prefix / "bin/llama-imatrix",
+        engine.folder / "bin/llama-imatrix",
         "-m",
         model,
         "-f",

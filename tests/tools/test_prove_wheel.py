@@ -12,36 +12,36 @@ import pytest
 from stand_in_wheel import pip_folder
 
 from kimi_gguf.engine.wheel import record_line
-from kimi_gguf.tools.prove_wheel import Place, ProveError, check_tools, leftovers
+from kimi_gguf.tools.prove_wheel import ProveError, Sandbox, check_tools, leftovers
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
+def sandbox(tmp_path: Path) -> Sandbox:
     """An empty prefix, without pip, so that it is made quickly."""
-    made = Place(tmp_path)
+    made = Sandbox(tmp_path)
     for folder in (made.home, made.temporary):
         folder.mkdir()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", made.prefix], check=True)
     return made
 
 
-def test_the_commands_see_no_compiler(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_see_no_compiler(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CC", "KIMI_GGUF_CACHE", "KIMI_BUILD", "PYTHONPATH", "LD_LIBRARY_PATH"):
         monkeypatch.setenv(name, "of this machine")
     monkeypatch.setenv("PIP_INDEX_URL", "https://example.org/simple")
-    seen = place.environment()
+    seen = sandbox.environment()
     assert set(seen) - {name for name in seen if name.startswith(("PIP_", "SSL_"))} <= {
         "PATH", "HOME", "TMPDIR", "LANG", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy",
         "no_proxy",
     }  # fmt: skip
     assert seen["PIP_INDEX_URL"] == "https://example.org/simple"
     for name in ("bash", "less", "basename", "kimi-llama"):
-        (place.prefix / "bin" / name).touch(0o755)
+        (sandbox.prefix / "bin" / name).touch(0o755)
     check_tools(seen["PATH"])
     for name in (
         "git", "x86_64-linux-gnu-gcc", "clang++-19", "tcc", "as", "ld", "ld.gold", "ld.lld-19", "gmake", "samu", "c99",
     ):  # fmt: skip
-        tool = place.prefix / "bin" / name
+        tool = sandbox.prefix / "bin" / name
         tool.touch(0o755)
         with pytest.raises(
             ProveError, match=rf"expected no compiler and no git, found .*/bin/{re.escape(name)}$"
@@ -50,11 +50,11 @@ def test_the_commands_see_no_compiler(place: Place, monkeypatch: pytest.MonkeyPa
         tool.unlink()
 
 
-def test_what_is_left_is_found(place: Place) -> None:
+def test_what_is_left_is_found(sandbox: Sandbox) -> None:
     """Not counted: what was there, another package with its compiled files, and caches."""
-    (packages,) = place.prefix.glob("lib/python*/site-packages")
+    (packages,) = sandbox.prefix.glob("lib/python*/site-packages")
     (packages / "there.py").touch()
-    before = place.files()
+    before = sandbox.files()
     (packages / "other-1.0.dist-info").mkdir()
     record = packages / "other-1.0.dist-info/RECORD"
     record.write_text("other.py,,\nother-1.0.dist-info/RECORD,,\nother-1.0.dist-info/METADATA,,\n")
@@ -65,17 +65,17 @@ def test_what_is_left_is_found(place: Place) -> None:
     for name in ("other", "gone"):
         (compiled / f"{name}.cpython-311.pyc").touch()
     for path in (".cache/kimi-gguf/engines", ".config/matplotlib", ".config/kimi"):
-        (place.home / path).mkdir(parents=True)
+        (sandbox.home / path).mkdir(parents=True)
     (packages / "kimi_gguf/engine").mkdir(parents=True)
-    (place.prefix / "bin/kimi-llama").symlink_to("nowhere")
-    (place.temporary / "x").touch()
-    assert leftovers(place, before) == sorted(
+    (sandbox.prefix / "bin/kimi-llama").symlink_to("nowhere")
+    (sandbox.temporary / "x").touch()
+    assert leftovers(sandbox, before) == sorted(
         (
             compiled / "gone.cpython-311.pyc",
             packages / "kimi_gguf/engine",
-            place.prefix / "bin/kimi-llama",
-            place.home / ".config/kimi",
-            place.temporary / "x",
+            sandbox.prefix / "bin/kimi-llama",
+            sandbox.home / ".config/kimi",
+            sandbox.temporary / "x",
         )
     )
 
@@ -98,17 +98,17 @@ def write_wheel(folder: Path, name: str, files: dict[str, str], requires: str = 
 
 
 @pytest.fixture
-def place_with_pip(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def sandbox_with_pip(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     """The prefix sees this environment's pip. Packages come from `tmp_path`/packages alone."""
-    (packages,) = place.prefix.glob("lib/python*/site-packages")
+    (packages,) = sandbox.prefix.glob("lib/python*/site-packages")
     (packages / "pip.pth").write_text(f"{pip_folder().parent}\n")
     (tmp_path / "packages").mkdir()
     for name, text in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(tmp_path / "packages"))):
         monkeypatch.setenv(name, text)
-    return place
+    return sandbox
 
 
-def test_a_compiler_that_pip_installs_is_found(place_with_pip: Place, tmp_path: Path) -> None:
+def test_a_compiler_that_pip_installs_is_found(sandbox_with_pip: Sandbox, tmp_path: Path) -> None:
     wheel = write_wheel(tmp_path, "brings", {"brings-1.data/scripts/ninja": "#!python\n"})
     with pytest.raises(ProveError, match=r"expected no compiler and no git, found .*/prefix/bin/ninja"):
-        place_with_pip.install(wheel)
+        sandbox_with_pip.install(wheel)

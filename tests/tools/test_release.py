@@ -99,8 +99,8 @@ def test_equal_inputs_give_equal_bytes(
     wanted = {"programs": engine.manifest["programs"], "tests": []}
     manifest = build._manifest(there, engine.manifest["tree_sha256"], wanted, 1.0)
     assert manifest["compilers"] != engine.manifest["compilers"]
-    shutil.copytree(engine.prefix, tmp_path / "prefix")
-    moved = replace(engine, key=there.key, prefix=tmp_path / "prefix", manifest=manifest)
+    shutil.copytree(engine.folder, tmp_path / "folder")
+    moved = replace(engine, key=there.key, folder=tmp_path / "folder", manifest=manifest)
     again = make(tmp_path / "again", moved, source)
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in made]
 
