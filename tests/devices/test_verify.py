@@ -473,7 +473,7 @@ def test_a_file_of_the_build_that_changes_is_checked_again(world: World, tmp_pat
     program = Path(shutil.copy(world.engine.bin / "kimi-verify", build / "bin"))
     (build / "python").symlink_to(world.engine.folder / "python")
     backend = Path(shutil.copy(world.backend, tmp_path))
-    own = replace(world, engine=replace(world.engine, prefix=build), backend=backend)
+    own = replace(world, engine=replace(world.engine, folder=build), backend=backend)
     (common,) = {each.resolve() for each in (build / "lib").glob("libggml-base.*")}
     cpu = next(each.resolve() for each in (build / "lib").glob("libggml-cpu*"))
     assert CHECKS in own.play(tmp_path).log
@@ -585,7 +585,7 @@ def without_program(world: World, tmp_path: Path) -> World:
     """The same build as libraries only, as another program may bring them."""
     shutil.copytree(world.engine.lib, tmp_path / "build" / "lib")
     (tmp_path / "build" / "python").symlink_to(world.engine.folder / "python")
-    return replace(world, engine=replace(world.engine, prefix=tmp_path / "build"))
+    return replace(world, engine=replace(world.engine, folder=tmp_path / "build"))
 
 
 def test_operators_that_cannot_be_checked_are_not_used(without_program: World, tmp_path: Path) -> None:
