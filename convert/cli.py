@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import re
 import sys
 import time
@@ -68,6 +69,8 @@ examples:
       write splits kimi-linear-BF16-00001-of-00003.gguf ..., and a README.md for Hugging Face
   convert-kimi my-adapter -o my-adapter.gguf --base Kimi-Linear-48B-A3B-Instruct
       convert a LoRA adapter of PEFT, for --lora of kimi-llama run, chat and serve
+  convert-kimi Kimi-Linear-48B-A3B-Instruct --adapter my-adapter -o merged-q4.gguf --recipe kimi-q4
+      merge the adapter into the weights, in float32, before they are quantized
   convert-kimi verify kimi-linear-q4.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct
       verify a file by converting it again and comparing bytes; of a split model give the first split
   convert-kimi inspect kimi-linear-q4.gguf --context 131072
@@ -168,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     text = "the checkpoint of an adapter (default: the one that its config names)"
     add("--base", metavar="CHECKPOINT", help=text)
+    _add_adapters(
+        parser, "merge this LoRA adapter of PEFT into the weights, times SCALE (default: 1); may be repeated"
+    )
     flag("--no-mtp", help="leave out layers that predict further tokens (Ling 3); the file cannot draft then")
     flag("--pure", help="use TYPE for all tensors instead of its mix")
     flag(
@@ -199,6 +205,25 @@ def _parser() -> argparse.ArgumentParser:
     flag("--quiet", help="print errors only")
     flag("--json", help="print progress and result as JSON lines on standard output")
     return parser
+
+
+def _add_adapters(parser: argparse.ArgumentParser, text: str) -> None:
+    add = parser.add_argument
+    add("--adapter", metavar="FOLDER[:SCALE]", type=_adapter, action="append", default=[], help=text)
+
+
+def _adapter(text: str) -> tuple[Path, float]:
+    """The folder of an adapter and its scale. A folder whose name ends with a colon and a number is that folder."""
+    folder, colon, scale = text.rpartition(":")
+    if not colon or exists(Path(text)):
+        return Path(text), 1.0
+    try:
+        value = float(scale)
+    except ValueError:
+        return Path(text), 1.0
+    if not folder or not math.isfinite(value) or value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FOLDER:SCALE with a number that is not 0")
+    return Path(folder), value
 
 
 def _add_max_memory(parser: argparse.ArgumentParser) -> None:
@@ -289,6 +314,7 @@ def _command(options: argparse.Namespace) -> Iterator[str]:
         ("--output-tensor-type", options.output_tensor_type and options.output_tensor_type.name),
         ("--token-embedding-type", options.token_embedding_type and options.token_embedding_type.name),
         *(("--tensor-type", f"{pattern}={kind.name}") for pattern, kind in options.tensor_type),
+        *(("--adapter", f"{folder.absolute().name}:{scale:g}") for folder, scale in options.adapter),
         ("--split-max-size", options.split_max_size and _split_size_text(options.split_max_size)),
         ("--chat-template", options.chat_template and options.chat_template.name),
         ("--name", options.name),
@@ -315,6 +341,7 @@ def _convert(options: argparse.Namespace) -> int:
         mtp=not options.no_mtp,
         card=tuple(_command(options)) if options.model_card else (),
         chat_template=options.chat_template,
+        adapters=tuple(options.adapter),
     )
     if options.dry_run:
         print(plan_text(plan_only(options.source, request, wanted), options.output or Path("OUT.gguf")))
@@ -391,6 +418,7 @@ def _verify_parser() -> argparse.ArgumentParser:
     add("--checkpoint", metavar="SRC", required=True, help=f"checkpoint that it was made from: {SOURCE}")
     add("--imatrix", metavar="FILE", type=Path, help="importance matrix that it was made with, if any")
     add("--chat-template", metavar="FILE", type=Path, help="chat template that it was made with, if any")
+    _add_adapters(parser, "adapter that was merged into it, if any; may be repeated")
     _add_max_memory(parser)
     add("--json", action="store_true", help="print the result as a JSON line")
     return parser
@@ -399,8 +427,9 @@ def _verify_parser() -> argparse.ArgumentParser:
 def _verify(options: argparse.Namespace) -> int:
     display = silent if options.json else for_people
     verdict = verify(
-        options.file, options.checkpoint, options.imatrix, options.max_memory, options.chat_template, display
-    )
+        options.file, options.checkpoint, options.imatrix, options.max_memory, options.chat_template, display,
+        options.adapter,
+    )  # fmt: skip
     if options.json:
         say("verdict", proved=verdict.proved, **vars(verdict))
     else:

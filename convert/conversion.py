@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kimi_gguf.convert.adapter.merge import open_merged
 from kimi_gguf.convert.card.new import Reporting, new_card
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import ModelConfig
@@ -21,7 +22,7 @@ from kimi_gguf.convert.output.stream import Pace, encoded, prepared
 from kimi_gguf.convert.output.unfinished import Identity, taken
 from kimi_gguf.convert.output.writer import ProgressCallback, check_outputs, writing
 from kimi_gguf.convert.plan import Plan, make_plan
-from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
+from kimi_gguf.convert.source.checkpoint import Checkpoint
 from kimi_gguf.convert.source.origin import CARD, model_name
 from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.convert.types.ggml import Ggml
@@ -36,8 +37,8 @@ ProgressDisplay = Callable[[Plan], AbstractContextManager[ProgressCallback]]
 
 @dataclass(frozen=True)
 class Options:
-    """Options; only `name`, `imatrix`, `split_max_size`, `quantized_by`, `mtp` and `chat_template` change the content
-    of the file."""
+    """Options; only `name`, `imatrix`, `split_max_size`, `quantized_by`, `mtp`, `chat_template` and `adapters` change
+    the content of the file."""
 
     name: str | None = None  # the model's name in the metadata; default: the name of its folder
     imatrix: Path | None = None
@@ -49,6 +50,9 @@ class Options:
     mtp: bool = True  # include layers that predict further tokens, if the checkpoint has them
     card: tuple[str, ...] = ()  # the command for the model card, the checkpoint second; empty: no card
     chat_template: Path | None = None  # instead of the checkpoint's
+    adapters: tuple[
+        tuple[Path, float], ...
+    ] = ()  # folders of PEFT adapters that are merged, and their scales
 
 
 @contextmanager
@@ -65,7 +69,7 @@ def silently() -> AbstractContextManager[Reporter]:
 def plan_only(source: Path | str, wanted: FileType | TypeRequest, options: Options | None = None) -> Plan:
     """The plan for `source`; reads its headers, config and tokenizer, no weights. Raises `ConvertError`."""
     options = options or Options()
-    with open_checkpoint(source, options.mtp) as checkpoint:
+    with open_merged(source, options.adapters, options.mtp) as checkpoint:
         return _plan(checkpoint, wanted, options)
 
 
@@ -84,10 +88,11 @@ def convert(
     model card.
     """
     options = options or Options()
-    with open_checkpoint(source, options.mtp) as checkpoint:
+    with open_merged(source, options.adapters, options.mtp) as checkpoint:
         pace = Pace.within(options.max_memory, elsewhere=checkpoint.own_bytes)
         inputs = [*checkpoint.files, *(checkpoint.folder / name for name in (*TOKENIZER, CARD))]
         inputs += [file for file in (options.imatrix, options.chat_template) if file]
+        inputs += [file for folder, _ in options.adapters for file in folder.iterdir()]
         plan = _plan(checkpoint, wanted, options)
         paths = plan.paths(output)
         outputs = [*paths, *([output.with_name(CARD)] if options.card else [])]

@@ -17,7 +17,7 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, outputs
 from kimi_gguf.convert.model.gguf_key import Key
-from kimi_gguf.convert.model.metadata import metadata
+from kimi_gguf.convert.model.metadata import adapter_keys, metadata
 from kimi_gguf.convert.model.tensor_table import Output, PlannedTensor
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.output.files import PlannedFile, split
@@ -108,7 +108,10 @@ def make_plan(
         _check_importances(tensors, importances)
     _check_needs(tensors, request, importances)
     origin = read_origin(checkpoint.folder, checkpoint.folder / CONFIG, checkpoint.headers_hash())
-    keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin, quantized_by))
+    keys = (
+        *metadata(config, vocab, request.file_type, name, importances, origin, quantized_by),
+        *adapter_keys(checkpoint.merged),
+    )
     found = (
         _notes(checkpoint, request, tensors),
         vocab.notes,
@@ -122,7 +125,9 @@ def make_plan(
 
 def _kept(checkpoint: Checkpoint, output: Output) -> TensorType:
     """The type of a tensor that is not quantized: F32 if the graph requires it, else the stored type."""
-    if output.always_f32 or any(checkpoint.dtype(source) is not Dtype.BF16 for source in output.sources):
+    if output.always_f32 or any(
+        checkpoint.stored_dtype(source) is not Dtype.BF16 for source in output.sources
+    ):
         return F32
     return BF16
 
@@ -224,6 +229,16 @@ def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTe
 
 def _packed_notes(checkpoint: Checkpoint, tensors: list[PlannedTensor]) -> Iterator[str]:
     """What becomes of experts that are stored in MXFP4."""
+    again = [
+        t
+        for t in tensors
+        if t.type.name == Dtype.MXFP4.name and checkpoint.dtype(t.output.sources[0]) is Dtype.F32
+    ]
+    if checkpoint.merged and again:
+        yield (
+            f"{len(again)} tensors with merged adapters are rounded to MXFP4 again; "
+            "--tensor-type gives them another type"
+        )
     packed = [t for t in tensors if all(checkpoint.dtype(s) is Dtype.MXFP4 for s in t.output.sources)]
     if not packed:
         return

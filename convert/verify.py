@@ -8,24 +8,26 @@ file, so that files of any quantization mix can be verified, including files mad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, cast
 
 import numpy as np
 
+from kimi_gguf.convert.adapter.merge import open_merged
 from kimi_gguf.convert.conversion import ProgressDisplay, read_template, silent
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.families import load_vocab, outputs
 from kimi_gguf.convert.model.gguf_key import Value
-from kimi_gguf.convert.model.metadata import metadata
+from kimi_gguf.convert.model.metadata import ADAPTER, adapter_keys, metadata
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
 from kimi_gguf.convert.output.writer import ProgressCallback
 from kimi_gguf.convert.plan import Plan, in_file_order
-from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
+from kimi_gguf.convert.source.checkpoint import Checkpoint
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.imatrix import read_importances
 from kimi_gguf.convert.types.mixes import TypeRequest
@@ -60,10 +62,12 @@ def verify(
     max_memory: int | None = None,
     chat_template: Path | None = None,
     display: ProgressDisplay = silent,
+    adapters: Sequence[tuple[Path, float]] = (),
 ) -> Verdict:
-    """Compare the file `path` with a conversion of `source`. Raises `ConvertError` or `GgufError` if either cannot
-    be read."""
-    with GgufModel(path) as file, open_checkpoint(source, has_mtp(file)) as checkpoint:
+    """Compare the file `path` with a conversion of `source` with these adapters. Raises `ConvertError` or `GgufError`
+    if any of them cannot be read."""
+    with GgufModel(path) as file, open_merged(source, adapters, has_mtp(file)) as checkpoint:
+        _check_adapters(file, checkpoint)
         pace = Pace.within(max_memory, elsewhere=checkpoint.own_bytes)
         plan = _plan_of(file, checkpoint, imatrix)
         vocab = load_vocab(checkpoint.folder, checkpoint.config)
@@ -74,6 +78,22 @@ def verify(
         checkpoint.check_unchanged()
         wrong_keys = tuple(_wrong_keys(file, checkpoint, vocab))
         return Verdict(len(plan.tensors), plan.data_bytes, wrong_keys, wrong_tensors)
+
+
+def _check_adapters(file: GgufModel, checkpoint: Checkpoint) -> None:
+    """Raise `ConvertError` if the file names other adapters than those that are given."""
+    merged = tuple(_as_stored(key.value) for key in adapter_keys(checkpoint.merged))
+    written = tuple(value for name, value in file.keys.items() if name.startswith(ADAPTER))
+    if written and written != merged:
+        names = [
+            str(value) for name, value in file.keys.items() if re.fullmatch(rf"{ADAPTER}\.\d+\.name", name)
+        ]
+        raise ConvertError(
+            f"{file.path}: was made with adapters",
+            expected=", ".join(names),
+            found=", ".join(adapter.name for adapter in checkpoint.merged) or "none",
+            todo="give the same, with the same scales: --adapter FOLDER[:SCALE]",
+        )
 
 
 def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:

@@ -80,7 +80,7 @@ def convert_adapter(
                     writer.append(tensor, data)
                     report(tensor, data.nbytes)
                     writer.finish_tensor()
-            file.check_unchanged(thoroughly=True)
+            adapter.check_unchanged()
     return plan
 
 

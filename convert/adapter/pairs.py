@@ -12,9 +12,10 @@ Source: PEFT 0.21, `lora/layer.py`: `Linear`, `Embedding` and `ParamWrapper`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Final
 
@@ -41,6 +42,7 @@ _BASE_LAYER: Final = (
     ".base_layer"  # a module in a wrapper; of several parameters in one module, all but the last
 )
 _COPY: Final = f"{_BASE_LAYER}.weight"  # PEFT saves a copy of an embedding that it adapts
+_KEPT: Final = 4  # stored tensors in memory
 Matrix = npt.NDArray[np.float32]
 
 
@@ -49,6 +51,9 @@ class Pair:
     """What an adapter adds to a canonical tensor [rows, columns]: scale * B A."""
 
     file: SafetensorsFile
+    read: Callable[
+        [str], Matrix
+    ]  # a stored tensor; the latest are kept, because a matrix is read in several parts
     names: tuple[str, str]  # the stored tensors of A and B
     rank: int
     scale: float
@@ -60,7 +65,7 @@ class Pair:
 
     def factors(self) -> tuple[Matrix, Matrix]:
         """A [rank, columns] and B [rows, rank]. Raises `ConvertError` for numbers that are not finite."""
-        a, b = (self._read(name) for name in self.names)
+        a, b = (self.read(name) for name in self.names)
         if self.expert is not None:
             a = a.reshape(self.experts, self.rank, -1)[self.expert]
             b = b.reshape(len(b), self.rank, self.experts)[:, :, self.expert]
@@ -68,18 +73,20 @@ class Pair:
             a, b = b.T, a.T
         return np.ascontiguousarray(a), np.ascontiguousarray(b[self.first_row : self.first_row + self.rows])
 
-    def _read(self, name: str) -> Matrix:
-        tensor = self.file.tensors[name]
-        values = to_float32(self.file.read(name, 0, tensor.size), Dtype(tensor.dtype)).reshape(tensor.shape)
-        if not np.isfinite(values).all():
-            index = [int(i) for i in np.argwhere(~np.isfinite(values))[0]]
-            raise ConvertError(
-                f"{self.file.path}: {name!r}: element {index}",
-                expected="a finite number",
-                found=values[tuple(index)],
-                todo="the adapter is damaged, or its training diverged",
-            )
-        return values
+
+def _read(file: SafetensorsFile, name: str) -> Matrix:
+    """A stored tensor as float32. Raises `ConvertError` for numbers that are not finite."""
+    tensor = file.tensors[name]
+    values = to_float32(file.read(name, 0, tensor.size), Dtype(tensor.dtype)).reshape(tensor.shape)
+    if not np.isfinite(values).all():
+        index = [int(i) for i in np.argwhere(~np.isfinite(values))[0]]
+        raise ConvertError(
+            f"{file.path}: {name!r}: element {index}",
+            expected="a finite number",
+            found=values[tuple(index)],
+            todo="the adapter is damaged, or its training diverged",
+        )
+    return values
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,17 @@ class Adapter:
     folder: Path
     config: PeftConfig
     pairs: Mapping[str, Pair]  # by canonical hub name
+    files: tuple[Path, ...]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the stored tensors that are kept, and of the parts of them that are used, in float32."""
+        tensors = next(iter(self.pairs.values())).file.tensors.values()
+        return 2 * _KEPT * 4 * max(tensor.size for tensor in tensors)
+
+    def check_unchanged(self) -> None:
+        """Raise `ConvertError` if its weights were changed since it was opened."""
+        next(iter(self.pairs.values())).file.check_unchanged(thoroughly=True)
 
 
 def is_adapter(source: Path | str) -> bool:
@@ -113,7 +131,7 @@ def open_adapter(folder: Path, base: Checkpoint) -> Iterator[Adapter]:
         )
     with ExitStack() as stack:
         file = stack.enter_context(SafetensorsFile(LocalFile(path)))
-        yield Adapter(folder, config, dict(_pairs(file, config, base)))
+        yield Adapter(folder, config, dict(_pairs(file, config, base)), (folder / CONFIG, path))
 
 
 def _pairs(file: SafetensorsFile, config: PeftConfig, base: Checkpoint) -> Iterator[tuple[str, Pair]]:
@@ -140,6 +158,7 @@ def _pairs(file: SafetensorsFile, config: PeftConfig, base: Checkpoint) -> Itera
         half[match["half"]] = name
     if not halves:
         raise ConvertError(f"{file.path}: has no pairs", expected="tensors lora_A and lora_B")
+    read = lru_cache(_KEPT)(partial(_read, file))
     targets = _targets(base.config, {module.replace(_BASE_LAYER, "") for module in halves})
     seen: dict[str, str] = {}
     for module, half in halves.items():
@@ -150,7 +169,7 @@ def _pairs(file: SafetensorsFile, config: PeftConfig, base: Checkpoint) -> Itera
                     f"{file.path}: {other!r} has no lora_{side}",
                     todo="the adapter is incomplete: save it again",
                 )
-        for name, pair in _pairs_of(file, config, base, module, (half["A"], half["B"]), targets):
+        for name, pair in _pairs_of(file, read, config, base, module, (half["A"], half["B"]), targets):
             if name in seen:
                 raise ConvertError(
                     f"{file.path}: {half['A']!r} and {seen[name]!r} are both of {name!r}",
@@ -183,6 +202,7 @@ def _targets(config: ModelConfig, modules: set[str]) -> dict[str, list[_Target]]
 
 def _pairs_of(
     file: SafetensorsFile,
+    read: Callable[[str], Matrix],
     config: PeftConfig,
     base: Checkpoint,
     module: str,
@@ -235,7 +255,7 @@ def _pairs_of(
     for target in inside:
         matrix, first = divmod(target.place.first, rows * columns)
         yield target.name, Pair(
-            file, names, rank, scale,
+            file, read, names, rank, scale,
             first_row=first // target.shape[1],
             rows=target.shape[0],
             expert=matrix if experts > 1 else None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from gguf import GGUFValueType as ValueType
@@ -17,6 +17,7 @@ from kimi_gguf.convert.model.config import LayerKind, ModelConfig
 from kimi_gguf.convert.model.families import family_of, outputs
 from kimi_gguf.convert.model.gguf_key import Key, u32
 from kimi_gguf.convert.model.vocab import Vocab
+from kimi_gguf.convert.source.checkpoint import Merged
 from kimi_gguf.convert.source.origin import Origin
 from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.convert.types.imatrix import Importances
@@ -24,6 +25,7 @@ from kimi_gguf.convert.types.imatrix import Importances
 SIGMOID: Final = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 QUANTIZATION_VERSION: Final = 2  # GGML_QNT_VERSION
 HUB: Final = "https://huggingface.co"
+ADAPTER: Final = "kimi_gguf.adapter"  # first part of the keys about merged adapters
 # Names of models as BASENAME-SIZE-FINETUNE, as in Kimi-Linear-48B-A3B-Instruct.
 _NAME: Final = re.compile(r"(?P<basename>.+?)-\d+(\.\d+)?[KMBT](-A\d+(\.\d+)?[KMBT])?(-(?P<finetune>.+))?")
 
@@ -89,6 +91,16 @@ def _origin(origin: Origin | None) -> Iterator[Key]:
         yield Key("general.base_model.0.name", ValueType.STRING, name)
         yield Key("general.base_model.0.organization", ValueType.STRING, organisation)
         yield Key("general.base_model.0.repo_url", ValueType.STRING, f"{HUB}/{base}")
+
+
+def adapter_keys(merged: Sequence[Merged]) -> Iterator[Key]:
+    """Which adapters were merged into the weights, under names of this project."""
+    if merged:
+        yield u32(f"{ADAPTER}.count", len(merged))
+    for i, adapter in enumerate(merged):
+        yield Key(f"{ADAPTER}.{i}.name", ValueType.STRING, adapter.name)
+        yield Key(f"{ADAPTER}.{i}.sha256", ValueType.STRING, adapter.sha256)
+        yield Key(f"{ADAPTER}.{i}.scale", ValueType.FLOAT32, adapter.scale)
 
 
 def _quantize(importances: Importances | None) -> Iterator[Key]:

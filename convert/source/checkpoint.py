@@ -47,6 +47,18 @@ _NO_PICKLES: Final = (
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+Addition = Callable[[npt.NDArray[np.float32], int], None]  # adds to whole rows, 1-D, from this element on
+
+
+@dataclass(frozen=True)
+class Merged:
+    """An adapter that is merged into a checkpoint."""
+
+    name: str
+    sha256: str
+    scale: float
+
+
 class Checkpoint:
     """An open, checked checkpoint; made by `open_checkpoint`. Names are canonical hub names."""
 
@@ -68,12 +80,27 @@ class Checkpoint:
         self._file_of = where
         self._ahead = root.ahead
         self._place = _resolve(root.path, config, self.shapes, files, where)
+        self.merged: tuple[Merged, ...] = ()
+        self._additions: dict[str, list[Addition]] = {}
+        self._addition_bytes = 0
+
+    def merge(self, adapter: Merged, additions: Mapping[str, Addition], nbytes: int) -> None:
+        """Merge an adapter: from now on these tensors are float32, with what it adds to their rows. nbytes: the memory
+        that this takes."""
+        self.merged += (adapter,)
+        self._addition_bytes += nbytes
+        for name, addition in additions.items():
+            self._additions.setdefault(name, []).append(addition)
 
     def _stored(self, name: str) -> tuple[SafetensorsFile, Place]:
         place = self._place[name]
         return self._files[self._file_of[place.stored]], place
 
     def dtype(self, name: str) -> Dtype:
+        """The type of the tensor's elements: the stored one, or F32 if an adapter is merged into it."""
+        return Dtype.F32 if name in self._additions else self.stored_dtype(name)
+
+    def stored_dtype(self, name: str) -> Dtype:
         """The type the tensor is stored in."""
         file, place = self._stored(name)
         return Dtype.MXFP4 if place.scales else Dtype(file.tensors[place.stored].dtype)
@@ -99,10 +126,16 @@ class Checkpoint:
         return self._files[self._file_of[scales]].path, scales, (*row, column // mxfp4.GROUP)
 
     def elements(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
-        """Elements `first .. first+count` in row-major order, 1-D, as stored: BF16 as uint16, MXFP4 as blocks of
-        bytes (there `first` and `count` must be whole groups)."""
+        """Elements `first .. first+count` in row-major order, 1-D, as `dtype` says: BF16 as uint16, MXFP4 as blocks of
+        bytes (there `first` and `count` must be whole groups). With merged adapters only whole rows can be read."""
         found = [file.read(stored, at, size) for file, stored, at, size in self._parts(name, first, count)]
-        return found[0] if len(found) == 1 else mxfp4.blocks(*found)
+        stored = found[0] if len(found) == 1 else mxfp4.blocks(*found)
+        if name not in self._additions:
+            return stored
+        values = np.array(to_float32(stored, self.stored_dtype(name)), np.float32).reshape(-1)
+        for add in self._additions[name]:
+            add(values, first)
+        return values
 
     def packed_bytes(self, name: str, first: int, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """The bytes of a range of a tensor in MXFP4 as stored: elements, two per byte, and scales, one per group."""
@@ -168,17 +201,19 @@ class Checkpoint:
 
     @property
     def own_bytes(self) -> int:
-        """Bytes of memory for prefetched data, and for the names and places of more tensors than the 48B has."""
+        """Bytes of memory for prefetched data, for adapters, and for the names of more tensors than the 48B has."""
         names = max(len(self._file_of) - _FEW_TENSORS, 0) * _TENSOR_BYTES
-        return names + (MOST_BYTES if self._ahead else 0)
+        return names + self._addition_bytes + (MOST_BYTES if self._ahead else 0)
 
     def identity(self) -> str:
-        """A hash of the names, sizes, times and headers of the files with the weights."""
-        return digest(*(file.identity() for file in self._files.values()))
+        """A hash of the names, sizes, times and headers of the files with the weights, and of merged adapters."""
+        merged = (repr((adapter.sha256, adapter.scale)).encode() for adapter in self.merged)
+        return digest(*(file.identity() for file in self._files.values()), *merged)
 
     def headers_hash(self) -> str:
-        """A hash of all headers; it does not depend on the files' places and times."""
-        return digest(*(file.header_hash.encode() for file in self._files.values()))
+        """A hash of all headers and merged adapters; it does not depend on the files' places and times."""
+        merged = (repr((adapter.sha256, adapter.scale)).encode() for adapter in self.merged)
+        return digest(*(file.header_hash.encode() for file in self._files.values()), *merged)
 
     def check_unchanged(self, names: Iterable[str] | None = None) -> None:
         """Raise `ConvertError` if a file with one of the tensors `names` has changed since it was opened; without

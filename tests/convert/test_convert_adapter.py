@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from synthetic_case import error_of
 
 from kimi_gguf.convert import cli
 from kimi_gguf.convert.adapter.gguf import convert_adapter
-from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.conversion import Options, convert
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.output import stream, unfinished
+from kimi_gguf.convert.output.writer import Writer
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
@@ -140,6 +143,83 @@ def test_the_transposed_pairs_of_older_versions_of_peft(tmp_path: Path) -> None:
     for adapter in (new, old.parent):
         convert_adapter(adapter, base, adapter.with_suffix(".gguf"))
     assert_equal(tensors_of(tmp_path / "old.gguf"), tensors_of(tmp_path / "new.gguf"))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float32, "F32"), (torch.float32, "Q4_K_M"), (torch.bfloat16, "BF16")]
+)
+@pytest.mark.parametrize("layout", ["hub", "native"])
+def test_a_merged_file_has_the_bytes_of_a_conversion_of_the_merged_checkpoint(
+    dtype: torch.dtype,
+    kind: str,
+    layout: random_checkpoint.Layout,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many rows are read at once; `verify` proves it, and asks for the adapters that the file names."""
+    (tmp_path / "base").mkdir()
+    spec = replace(KIMI, hidden=256, moe_intermediate=160, dtype=dtype)
+    base = random_checkpoint.write_checkpoint(tmp_path / "base", spec, layout)
+    one = write_adapter(tmp_path / "one", base)
+    two = write_adapter(tmp_path / "two", base, lambda name: "experts" in name, seed=1, use_rslora=True)
+    merged(tmp_path / "merged", base, [(one, 0.5), (two, -1.0)], exactly=True)
+    convert(tmp_path / "merged", tmp_path / "beforehand.gguf", TYPES[kind])
+    monkeypatch.setattr(stream, "CHUNK_ELEMENTS", 256 * 37)
+    out, given = str(tmp_path / "out.gguf"), ["--adapter", f"{one}:0.5", "--adapter", f"{two}:-1"]
+    assert cli.main([str(base), *given, "-o", out, "--type", kind, "--quiet"]) == 0
+    found, expected = (
+        {t.name: (t.tensor_type, bytes(t.data)) for t in gguf.GGUFReader(path).tensors}
+        for path in (out, tmp_path / "beforehand.gguf")
+    )
+    # of a BF16 checkpoint only what is rounded to BF16 in both: here F32 tensors are not rounded in between
+    wanted = {name for name, (kind_, _) in expected.items() if dtype is torch.float32 or kind_.name == "BF16"}
+    assert {name: found[name] for name in wanted} == {name: expected[name] for name in wanted}
+    assert found.keys() == expected.keys()
+    assert cli.main(["verify", out, "--checkpoint", str(base), *given]) == 0
+    assert cli.main(["verify", out, "--checkpoint", str(base), *given[:2]]) == 1
+    fields = gguf.GGUFReader(out).fields
+    assert [fields[f"kimi_gguf.adapter.{i}.{key}"].contents() for i in range(2) for key in ("name", "scale")] == [
+        "one", 0.5, "two", -1.0,
+    ]  # fmt: skip
+
+
+def test_an_adapter_that_is_not_always_active_cannot_be_merged(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"alora_invocation_tokens": [7]}))
+    options = Options(adapters=((tmp_path / "adapter", 1.0),))
+    with pytest.raises(ConvertError, match=r"alora_invocation_tokens: expected none, found \[7\]"):
+        convert(small / "base", tmp_path / "out.gguf", F32, options)
+
+
+def test_another_adapter_does_not_resume(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfinished, "SYNC_SECONDS", 0.0)
+    options = Options(adapters=((small / "adapter", 1.0),), resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "finish_tensor", interrupt_after(Writer.finish_tensor, 5))
+        with pytest.raises(KeyboardInterrupt):
+            convert(small / "base", tmp_path / "out.gguf", F32, options)
+    with pytest.raises(ConvertError, match="--resume"):
+        changed = replace(options, adapters=((small / "adapter", 2.0),))
+        convert(small / "base", tmp_path / "out.gguf", F32, changed)
+    convert(small / "base", tmp_path / "out.gguf", F32, options)
+    convert(small / "base", tmp_path / "at-once.gguf", F32, replace(options, resume=False))
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "at-once.gguf").read_bytes()
+
+
+def interrupt_after(function: Callable[..., None], count: int) -> Callable[..., None]:
+    """The function, until it was called that often."""
+    calls = iter(range(count))
+
+    def called(*words: Any) -> None:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        function(*words)
+
+    return called
 
 
 @pytest.fixture(scope="module")

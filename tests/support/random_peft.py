@@ -74,8 +74,8 @@ def rank_of(name: str, config: dict[str, Any]) -> int:
     return int(pattern_of(name, config.get("rank_pattern", {}), config.get("r", RANK)))
 
 
-def delta(name: str, shape: torch.Size, adapter: Path) -> torch.Tensor | None:
-    """What the adapter adds to a stored tensor, in float64; None if it has no pair for it."""
+def delta(name: str, shape: torch.Size, adapter: Path) -> tuple[float, torch.Tensor, torch.Tensor] | None:
+    """(scale, B, A): the adapter adds scale * B A to a stored tensor; None if it has no pair for it."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
     module, rank = PREFIX + name.removesuffix(".weight"), rank_of(name, config)
@@ -90,21 +90,38 @@ def delta(name: str, shape: torch.Size, adapter: Path) -> torch.Tensor | None:
         keys = [f"{module}.lora_{half}.weight" for half in "AB"]
     if keys[0] not in tensors:
         return None
-    a, b = (tensors[key].double() for key in keys)
+    a, b = (tensors[key] for key in keys)
     if len(shape) == 3:  # as in ParamWrapper.get_delta_weight
-        a, b = a.reshape(shape[0], rank, -1), b.reshape(len(b), rank, shape[0])
-        return scale * torch.einsum("ore,eri->eoi", b, a)
-    return scale * ((b @ a).T if name.endswith(EMBEDDING) else b @ a)
+        return scale, b.reshape(len(b), rank, shape[0]).permute(2, 0, 1), a.reshape(shape[0], rank, -1)
+    return (scale, a.T, b.T) if name.endswith(EMBEDDING) else (scale, b, a)
 
 
-def merged(folder: Path, checkpoint: Path, adapters: list[tuple[Path, float]]) -> Path:
-    """A copy of the checkpoint with the adapters merged, each with its scale; merged matrices are F32."""
+def merged(folder: Path, checkpoint: Path, adapters: list[tuple[Path, float]], exactly: bool = False) -> Path:
+    """A copy of the checkpoint with the adapters merged, each with its scale; merged matrices are F32.
+
+    exactly: in float32, the ranks one after the other, rounded to the stored type; without, in float64.
+    """
     shutil.copytree(checkpoint, folder)
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
         for name, weight in tensors.items():
             for adapter, scale in adapters:
-                if (added := delta(name, weight.shape, adapter)) is not None:
-                    tensors[name] = (tensors[name].double() + scale * added).float()
+                found = delta(name, weight.shape, adapter)
+                if found is None:
+                    continue
+                factor, b, a = found
+                if exactly:
+                    total = b[..., :1] * a[..., :1, :]
+                    for k in range(1, a.shape[-2]):
+                        total += b[..., k : k + 1] * a[..., k : k + 1, :]
+                    tensors[name] = (
+                        tensors[name].float() + torch.tensor(factor * scale, dtype=torch.float32) * total
+                    )
+                else:
+                    tensors[name] = (
+                        tensors[name].double() + scale * factor * (b.double() @ a.double())
+                    ).float()
+            if exactly:
+                tensors[name] = tensors[name].to(weight.dtype)
         save_file(tensors, file, metadata={"format": "pt"})
     return folder

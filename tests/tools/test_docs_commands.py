@@ -78,7 +78,8 @@ ELSEWHERE = (
     (r"(KIMI_OPS=\S+ )?kimi-llama bench", "tests/bench/test_bench_cli.py"),
     (r"tools/run synthetic_checkpoint|convert-kimi ling-mtp ",
      "tests/tools/test_synthetic_checkpoint.py"),
-    (r"convert-kimi my-adapter |kimi-llama chat kimi-q4.gguf --lora", "tests/convert/test_convert_adapter.py"),
+    (r"convert-kimi (my-adapter |.*--adapter my-adapter)|kimi-llama chat kimi-q4.gguf --lora",
+     "tests/convert/test_convert_adapter.py"),
     (r"kimi-llama (worker|\w+ .*--workers)", "tests/serving/test_workers.py"),
     (r"kimi-llama serve ling.gguf", "tests/serving/test_mtp_drafts.py"),
 )  # fmt: skip
