@@ -49,12 +49,6 @@ FAULTS: dict[str, Expected] = {
         "y[i] = x[i + args.shift];",
         "a read 0 bytes after the end of constant memory of 124 bytes",
     ),
-    "behind a small struct": (
-        "copy",
-        0,
-        "y[i] = x[int(i)",
-        "a read 0 bytes after the end of constant memory of 4 bytes",
-    ),
     "behind threadgroup memory": (
         "write_argument",
         31,
@@ -72,12 +66,6 @@ FAULTS: dict[str, Expected] = {
         24,
         "y[i] = s[31 - i];",
         "a read of threadgroup memory that no thread has written: s of 128 bytes, byte 28",
-    ),
-    "a conditional barrier": (
-        "conditional_barrier",
-        40,
-        None,
-        r"this thread ended while thread \(0,0,0\) waits for it at threadgroup_barrier, .*emulator-faults.metal:\d+",
     ),
     "a return before a barrier": ("early_return", 40, None, r"ended while thread \(0,0,0\) waits for it at"),
     "two barriers": (
@@ -119,12 +107,6 @@ FAULTS: dict[str, Expected] = {
         ".*emulator-faults.metal:"
         rf"({line_of(SOURCE, 's[i] = float(i);')}|{line_of(SOURCE, 'y[i] = s[63 - i];')}) without a barrier between",
     ),
-    "a race of writes": (
-        "race_of_writes",
-        32,
-        "s[i % 32] = float(i);",
-        "a race: a write of threadgroup memory that another simdgroup of the threadgroup wrote",
-    ),
     "a race of lanes": (
         "race_of_lanes",
         16,
@@ -136,12 +118,6 @@ FAULTS: dict[str, Expected] = {
         1,
         "y[i / 2] = float(i);",
         "a race: a write of device memory that another lane of the threadgroup wrote without a barrier",
-    ),
-    "a read of what another lane writes": (
-        "read_next",
-        1,
-        "y[i] = y[i + 1];",
-        "a race: a write of device memory that another lane of the threadgroup read without a barrier",
     ),
     "a barrier without device memory": (
         "read_after_barrier",

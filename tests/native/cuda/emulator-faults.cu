@@ -54,18 +54,6 @@ __global__ void write_dynamic_shared(float * y, int shift) {
     y[threadIdx.x] = s[threadIdx.x];
 }
 
-__global__ void local_array(float * y, int n) {
-    float a[4] = { 1, 2, 3, 4 };
-    y[0]       = a[n];
-}
-
-__global__ void conditional_barrier(float * y, unsigned n) {
-    if (threadIdx.x < n) {
-        __syncthreads();
-    }
-    y[threadIdx.x] = 1.0f;
-}
-
 __global__ void early_return(float * y, unsigned n) {
     if (threadIdx.x >= n) {
         return;
@@ -334,7 +322,6 @@ static void run(const std::string & name) {
               DeviceArray<float *> pointers(std::vector<float *>{ freed_buffer() });  // not checked by launches
               write_through<<<1, 32>>>(pointers.data());
           } },
-        { "a freed argument", [&] { copy<<<1, 32>>>(x.data(), freed_buffer(), 0); } },
         { "memory of the host", [&] { copy<<<1, 32>>>(x.data(), host, 0); } },
         { "misaligned vectors", [&] { copy_vectors<<<1, 16>>>(x.data(), y.data()); } },
         { "behind a shared array", [&] { write_static_shared<<<1, 32>>>(y.data(), 1); } },
@@ -342,8 +329,6 @@ static void run(const std::string & name) {
         { "an index of two", [&] { write_indexed_shared<<<1, 32>>>(y.data(), 1); } },
         { "behind dynamic shared", [&] { write_dynamic_shared<<<1, 32, 128>>>(y.data(), 1); } },
         { "too much dynamic shared", [&] { write_dynamic_shared<<<1, 32, 49 * 1024>>>(y.data(), 0); } },
-        { "a local array", [&] { local_array<<<1, 1>>>(y.data(), 4); } },
-        { "a conditional barrier", [&] { conditional_barrier<<<1, 64>>>(y.data(), 40); } },
         { "a return before a barrier", [&] { early_return<<<1, 64>>>(y.data(), 40); } },
         { "two barriers", [&] { two_barriers<<<1, 64>>>(y.data()); } },
         { "two shuffles", [&] { two_shuffles<<<1, 32>>>(y.data()); } },

@@ -64,13 +64,6 @@ kernel void read_unwritten(device float * y, uint i [[thread_position_in_threadg
     y[i] = s[31 - i];
 }
 
-kernel void conditional_barrier(device float * y, uint i [[thread_position_in_threadgroup]]) {
-    if (i < 40) {
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
-    y[i] = 1;
-}
-
 kernel void early_return(device float * y, uint i [[thread_position_in_threadgroup]]) {
     if (i >= 40) {
         return;
@@ -126,14 +119,6 @@ kernel void race(device float * y, uint i [[thread_position_in_threadgroup]]) {
     y[i] = s[63 - i];
 }
 
-kernel void race_of_writes(device float * y, uint i [[thread_position_in_threadgroup]]) {
-    threadgroup float s[64];
-
-    s[i % 32] = float(i);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    y[i] = s[i % 32];
-}
-
 kernel void race_of_lanes(device float * y, uint i [[thread_position_in_threadgroup]]) {
     threadgroup float s[16];
 
@@ -159,10 +144,6 @@ kernel void rewrite(device float * y, uint i [[thread_position_in_threadgroup]])
 
 kernel void overlap(device float * y, uint i [[thread_position_in_threadgroup]]) {
     y[i / 2] = float(i);
-}
-
-kernel void read_next(device float * y, uint i [[thread_position_in_threadgroup]]) {
-    y[i] = y[i + 1];
 }
 
 kernel void read_after_barrier(device float * y, uint i [[thread_position_in_threadgroup]]) {

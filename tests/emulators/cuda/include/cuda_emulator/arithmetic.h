@@ -43,7 +43,6 @@ inline float __fdividef(float x, float y) { return x * (1.0f / y); }  // y: up t
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float rsqrtf(float x) { return float(1.0 / std::sqrt(double(x))); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
-inline float __int_as_float(int x) { return cuda_emulator::bits_as<float>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_emulator::bits_as<float>(x); }
 inline unsigned __float_as_uint(float x) { return cuda_emulator::bits_as<unsigned>(x); }
 inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
@@ -95,21 +94,6 @@ inline unsigned __vcmpne4(unsigned a, unsigned b) {
     }
     return out;
 }
-
-template <class T> T __ldg(const T * at) {
-    return *at;
-}
-
-// Threads are never preempted.
-template <class T, class V> T atomicAdd(T * at, V value) {
-    const T before = *at;
-    *at            = T(before + T(value));
-    return before;
-}
-
-inline void __threadfence_system() {}
-
-inline void __nanosleep(unsigned) {}
 
 [[noreturn]] inline void __trap(cuda_emulator::Place place = cuda_emulator::Place::here()) {
     cuda_emulator::fail("__trap", place);

@@ -127,14 +127,6 @@ T __shfl_up_sync(
     return cuda_emulator::shuffle(mask, value, other < (lane & ~(width - 1)) ? lane : other, "__shfl_up_sync", place);
 }
 
-template <class T>
-T __shfl_down_sync(
-    unsigned mask, T value, unsigned by, int width = 32, cuda_emulator::Place place = cuda_emulator::Place::here()) {
-    cuda_emulator::check_width(width, "__shfl_down_sync", place);
-    const int lane = cuda_emulator::lane(), other = lane + int(by);
-    return cuda_emulator::shuffle(mask, value, other > (lane | (width - 1)) ? lane : other, "__shfl_down_sync", place);
-}
-
 // __NAME_sync(mask, value): TYPE, one reduction.
 #define CUDA_EMULATOR_VOTE(NAME, RESULT, TYPE, REDUCTION, FINISH)                                                      \
     inline RESULT NAME(unsigned mask, TYPE value, cuda_emulator::Place place = cuda_emulator::Place::here()) {         \

@@ -175,13 +175,8 @@ template <int N> inline bool any(const vec<bool, N> & a) {
     return !all(!a);
 }
 
-template <class T> inline T popcount(T x) {
-    return T(__builtin_popcountll(std::make_unsigned_t<T>(x)));
-}
-
 }  // namespace metal
 
 #define M_PI_F   (3.14159265358979323846f)
-#define M_PI_2_F (1.57079632679489661923f)
 #define MAXFLOAT FLT_MAX
 #define MAXHALF  65504.0h

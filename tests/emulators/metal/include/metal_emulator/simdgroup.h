@@ -100,10 +100,6 @@ struct Add {
     template <class T> T operator()(T a, T b) const { return T(a + b); }
 };
 
-struct Multiply {
-    template <class T> T operator()(T a, T b) const { return T(a * b); }
-};
-
 struct Larger {
     template <class T> T operator()(T a, T b) const { return max(a, b); }
 };
@@ -116,20 +112,12 @@ template <class T> inline T simd_sum(T value, Place place = Place::here()) {
     return exchange(value, 0, Reduction<Add>(), "simd_sum", place);
 }
 
-template <class T> inline T simd_product(T value, Place place = Place::here()) {
-    return exchange(value, 0, Reduction<Multiply>(), "simd_product", place);
-}
-
 template <class T> inline T simd_max(T value, Place place = Place::here()) {
     return exchange(value, 0, Reduction<Larger>(), "simd_max", place);
 }
 
 template <class T> inline T simd_min(T value, Place place = Place::here()) {
     return exchange(value, 0, Reduction<Smaller>(), "simd_min", place);
-}
-
-inline bool simd_all(bool value, Place place = Place::here()) {
-    return exchange(value, 0, Reduction<Smaller>(), "simd_all", place);
 }
 
 inline bool simd_any(bool value, Place place = Place::here()) {
@@ -146,14 +134,6 @@ template <class T> inline T simd_prefix_exclusive_sum(T value, Place place = Pla
 
 template <class T> inline T simd_shuffle(T value, ushort lane, Place place = Place::here()) {
     return exchange(value, lane, Shuffle(), "simd_shuffle", place);
-}
-
-template <class T> inline T simd_broadcast(T value, ushort lane, Place place = Place::here()) {
-    return exchange(value, lane, Shuffle(), "simd_broadcast", place);
-}
-
-template <class T> inline T simd_broadcast_first(T value, Place place = Place::here()) {
-    return exchange(value, 0, Shuffle(), "simd_broadcast_first", place);
 }
 
 template <class T> inline T simd_shuffle_xor(T value, ushort mask, Place place = Place::here()) {
@@ -184,8 +164,6 @@ template <class T, int ROWS, int COLUMNS> struct simdgroup_matrix {
             element[i] = row(lane) == column(lane) + i ? diagonal : T(0);
         }
     }
-
-    vec<T, 2> & thread_elements() { return *reinterpret_cast<vec<T, 2> *>(element); }
 
     static unsigned row(unsigned lane) { return (lane / 4 & 4) + lane / 2 % 4; }
 
