@@ -159,7 +159,7 @@ def test_upstreams_comparison_of_devices(
     assert ran(log) == {f"SECOND0 kernel {operator}"}
 
 
-@pytest.mark.parametrize("group", ["conv", "scan", "gates", "rows", "kept", "refused"])
+@pytest.mark.parametrize("group", ["conv", "scan", "gates", "rows", "kept", "extra", "refused"])
 def test_layouts_gates_and_copies_of_kda(group: str, backend: Path, engine: Engine, tmp_path: Path) -> None:
     """The cases of the Metal kernels' test, on a device with tensor cores and on one without."""
     program = compile_program(engine, "kda-device-test.cpp", tmp_path, ("kda",))

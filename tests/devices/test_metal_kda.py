@@ -54,7 +54,7 @@ def result(program: Path, backend: Path, *chosen: object, **environment: str) ->
     return found[1]
 
 
-@pytest.mark.parametrize("group", ["conv", "scan", "gates", "rows", "kept"])
+@pytest.mark.parametrize("group", ["conv", "scan", "gates", "rows", "kept", "extra"])
 def test_every_length_gate_row_and_order_of_lanes(group: str, program: Path, metal_backend: Path) -> None:
     forwards, backwards = (result(program, metal_backend, group, KIMI_METAL_ORDER=order) for order in ORDERS)
     assert forwards == backwards

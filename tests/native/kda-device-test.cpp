@@ -2,8 +2,8 @@
 // sequences with permuted and new rows, snapshots, strided and permuted sources, hostile gates, states that the device
 // writes into the cache itself, and what it must not compute. Prints a hash of all results.
 //
-// Arguments: the backend's library, and the group of cases: conv, scan, gates, memory, split, rows, kept or refused; or
-// conv or scan and the sizes D H T S K of one case, whose states are written into the cache.
+// Arguments: the backend's library, and the group of cases: conv, scan, gates, memory, split, rows, kept, extra or
+// refused; or conv or scan and the sizes D H T S K of one case, whose states are written into the cache.
 
 #include "check.h"
 #include "common/ggml-op-marks.h"
@@ -341,6 +341,31 @@ static void test_rows() {
     }
 }
 
+// On CUDA the operator also elides the copy if rows are gathered in between: into memory of its own, before it computes.
+static void test_extra_rows() {
+    for (const extra_rows & extra : all_extra_rows) {
+        for (const int64_t T : { 1, 40 }) {
+            ggml_context *       ctx = ggml_init({ 4 << 20, nullptr, true });
+            const gathered_scan  g(extra, T);
+            const gathered_nodes nodes(ctx, g, [&](auto... ne) { return source(ctx, 0, ne...); });
+            ggml_cgraph *        graph = ggml_new_graph(ctx);
+            for (ggml_tensor * t : nodes.all) {
+                ggml_build_forward_expand(graph, t);
+            }
+            const ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
+            ggml_backend_buffer_clear(buffer, 0xff);
+            nodes.fill(g);
+            CHECK(ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS);
+            const std::vector<float> cache = values_of(nodes.scan.cache), want = g.want();
+            const bool               elided = std::isnan(values_of(nodes.scan.op)[g.n_out()]);
+            const double             error  = nmse(cache.data(), want.data(), want.size());
+            expect(error <= LIMIT && elided == !on_metal(), g.name() + text(": NMSE %.1e, elided %d", error, elided));
+            ggml_backend_buffer_free(buffer);
+            ggml_free(ctx);
+        }
+    }
+}
+
 static void test_kept() {
     for (const keep kept : { keep::marked, keep::output, keep::read, keep::read_by_view, keep::elsewhere }) {
         options o = CONTINUED;
@@ -421,8 +446,9 @@ int main(int argc, char ** argv) {
         const char * name;
         void (*run)();
     } groups[] = {
-        { "conv", test_convs },  { "scan", test_scans }, { "gates", test_gates }, { "memory", test_memory },
-        { "split", test_split }, { "rows", test_rows },  { "kept", test_kept },   { "refused", test_refused },
+        { "conv", test_convs },    { "scan", test_scans },       { "gates", test_gates },
+        { "memory", test_memory }, { "split", test_split },      { "rows", test_rows },
+        { "kept", test_kept },     { "extra", test_extra_rows }, { "refused", test_refused },
     };
 
     CHECK(argc == 3 || argc == 8);

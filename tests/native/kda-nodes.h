@@ -93,4 +93,86 @@ struct conv_node {
     }
 };
 
+// Between operator and copy, rows are gathered for the cells after the batch's, as llama.cpp does when n_rs > n_seqs:
+// one sequence, in row 1, of a cache of five rows; rows 2 and 3 receive the contents of rows[0] and rows[1], or zeros.
+struct extra_rows {
+    int32_t from[2];
+    int32_t zero_row;  // filled with zeros first; -1: none
+    bool    elided;    // whether the operator on the CPU may write to the cache itself
+};
+
+static const extra_rows all_extra_rows[] = {
+    { { 3, 4 }, -1, true },
+    { { 0, 4 }, 4, true },    // a new sequence replaces row 0 in row 2: zeros are read from row 4
+    { { 1, 4 }, -1, false },  // reads the row whose new state the operator would have overwritten
+    { { 0, 4 }, 1, false },   // the row of zeros is the row written
+};
+
+struct gathered_scan {
+    extra_rows  extra;
+    scan_shape  n;
+    scan_inputs x;
+
+    gathered_scan(const extra_rows & extra, int64_t T) :
+        extra(extra), n{ 64, 2, T, 1, 1 }, x(make_scan(n, "ordinary", -INFINITY, false, false)) {
+        x.cache    = normal(size() * 5, 0, 0.3f);
+        x.rows     = { 1 };
+        x.zero_row = extra.zero_row;
+    }
+
+    int64_t size() const { return n.D * n.D * n.H; }
+
+    int64_t n_out() const { return n.D * n.H * n.T; }
+
+    std::string name() const {
+        return text("extra rows from %d and %d, zeros in %d, T=%d", extra.from[0], extra.from[1], extra.zero_row,
+                    (int) n.T);
+    }
+
+    // The cache after the copy.
+    std::vector<float> want() const {
+        std::vector<float> cache = x.cache;
+        const auto         row   = [&](int32_t i) { return cache.begin() + i * size(); };
+        if (extra.zero_row >= 0) {
+            std::fill_n(row(extra.zero_row), size(), 0.0f);
+        }
+        std::vector<float> gathered;
+        for (const int32_t i : extra.from) {
+            gathered.insert(gathered.end(), row(i), row(i) + size());
+        }
+        std::copy(gathered.begin(), gathered.end(), row(2));
+        const scan_result y = scan(n, x);
+        std::copy(y.states.begin(), y.states.end(), row(1));
+        return cache;
+    }
+};
+
+struct gathered_nodes {
+    scan_node                  scan;
+    ggml_tensor *              moved;
+    std::vector<ggml_tensor *> all;  // in their order
+
+    template <typename Source>
+    gathered_nodes(ggml_context * ctx, const gathered_scan & g, const Source & source) : scan(ctx, g.n, g.x, source) {
+        ggml_tensor * const cache = scan.cache;
+        const int64_t       size = g.size(), n_out = g.n_out();
+        const size_t        row = cache->nb[1];
+        moved                   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2);
+        all                     = { scan.op };
+        if (g.extra.zero_row >= 0) {
+            all.push_back(ggml_fill_inplace(ctx, ggml_view_1d(ctx, cache, size, g.extra.zero_row * row), 0.0f));
+        }
+        ggml_tensor * others = ggml_view_2d(ctx, cache, size, 2, row, 2 * row);
+        all.push_back(ggml_cpy(ctx, ggml_get_rows(ctx, cache, moved), others));
+        ggml_tensor * from = ggml_view_3d(ctx, scan.op, size, 1, 1, size * 4, size * 4, n_out * 4);
+        all.push_back(ggml_cpy(ctx, from, ggml_view_3d(ctx, cache, size, 1, 1, row, 5 * row, row)));
+        all.push_back(ggml_scale(ctx, ggml_view_1d(ctx, scan.op, n_out, 0), 1.0f));
+    }
+
+    void fill(const gathered_scan & g) const {
+        scan.fill(g.x);
+        put(moved, std::vector<int32_t>(g.extra.from, g.extra.from + 2));
+    }
+};
+
 }  // namespace kda_cases

@@ -145,64 +145,18 @@ static void test_conv(const conv_shape & n, bool new_seq, const options & o) {
     }
 }
 
-// Between operator and copy, rows are gathered for the cells after the batch's, as llama.cpp does when n_rs > n_seqs:
-// one sequence, in row 1, of a cache of five rows; rows 2 and 3 receive the contents of rows[0] and rows[1], or zeros.
-struct extra_rows {
-    int32_t from[2];
-    int32_t zero_row;  // filled with zeros first; -1: none
-    bool    elided;    // whether the operator may write to the cache itself
-};
-
 static void test_extra_rows(const extra_rows & extra, int64_t T) {
-    const scan_shape n = { 64, 2, T, 1, 1 };
-    scan_inputs      x = make_scan(n, "ordinary", -INFINITY, false, false);
-    x.cache            = normal(n.D * n.D * n.H * 5, 0, 0.3f);
-    x.rows             = { 1 };
-    x.zero_row         = extra.zero_row;
-
-    runner                     r(2, false);
-    const int64_t              size  = n.D * n.D * n.H;
-    const int64_t              n_out = n.D * n.H * T;
-    const auto                 make  = [&](auto... ne) { return source(r, {}, ne...); };
-    const scan_node            node(r.ctx, n, x, make);
-    ggml_tensor * const        cache = node.cache;
-    ggml_tensor * const        op    = node.op;
-    ggml_tensor *              moved = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, 2);
-    std::vector<ggml_tensor *> nodes = { op };
-    if (extra.zero_row >= 0) {
-        ggml_tensor * row = ggml_view_1d(r.ctx, cache, size, extra.zero_row * cache->nb[1]);
-        nodes.push_back(ggml_fill_inplace(r.ctx, row, 0.0f));
-    }
-    ggml_tensor * others = ggml_view_2d(r.ctx, cache, size, 2, cache->nb[1], 2 * cache->nb[1]);
-    nodes.push_back(ggml_cpy(r.ctx, ggml_get_rows(r.ctx, cache, moved), others));
-    ggml_tensor * from = ggml_view_3d(r.ctx, op, size, 1, 1, size * 4, size * 4, n_out * 4);
-    ggml_tensor * to   = ggml_view_3d(r.ctx, cache, size, 1, 1, cache->nb[1], 5 * cache->nb[1], cache->nb[1]);
-    nodes.push_back(ggml_cpy(r.ctx, from, to));
-    nodes.push_back(ggml_scale(r.ctx, ggml_view_1d(r.ctx, op, n_out, 0), 1.0f));
-    r.allocate(nodes);
-    node.fill(x);
-    put(moved, std::vector<int32_t>(extra.from, extra.from + 2));
+    runner               r(2, false);
+    const gathered_scan  g(extra, T);
+    const auto           dense = [&](auto... ne) { return source(r, {}, ne...); };
+    const gathered_nodes nodes(r.ctx, g, dense);
+    r.allocate(nodes.all);
+    nodes.fill(g);
     r.run();
-
-    std::vector<float> want = x.cache;
-    const auto         row  = [&](int32_t i) { return want.begin() + i * size; };
-    if (extra.zero_row >= 0) {
-        std::fill_n(row(extra.zero_row), size, 0.0f);
-    }
-    std::vector<float> gathered;
-    for (const int32_t i : extra.from) {
-        gathered.insert(gathered.end(), row(i), row(i) + size);
-    }
-    std::copy(gathered.begin(), gathered.end(), row(2));
-    const scan_result y = scan(n, x);
-    std::copy(y.states.begin(), y.states.end(), row(1));
-
-    const float * got    = (const float *) cache->data;
-    const bool    elided = std::isnan(((const float *) op->data)[n_out]);  // its states were not written to the result
-    const double  error  = nmse(got, want.data(), want.size());
-    expect(error <= 1e-11 && elided == extra.elided,
-           text("extra rows from %d and %d, zeros in %d, T=%d: NMSE %.1e, elided %d", extra.from[0], extra.from[1],
-                extra.zero_row, (int) T, error, elided));
+    const float * op     = (const float *) nodes.scan.op->data;
+    const bool    elided = std::isnan(op[g.n_out()]);  // its states were not written to the result
+    const double  error  = nmse((const float *) nodes.scan.cache->data, g.want().data(), g.want().size());
+    expect(error <= 1e-11 && elided == extra.elided, g.name() + text(": NMSE %.1e, elided %d", error, elided));
 }
 
 int main() {
@@ -228,13 +182,7 @@ int main() {
             }
         }
     }
-    const extra_rows extras[] = {
-        { { 3, 4 }, -1, true },
-        { { 0, 4 }, 4, true },    // a new sequence replaces row 0 in row 2: zeros are read from row 4
-        { { 1, 4 }, -1, false },  // reads the row whose new state the operator would have overwritten
-        { { 0, 4 }, 1, false },   // the row of zeros is the row written
-    };
-    for (const extra_rows & extra : extras) {
+    for (const extra_rows & extra : all_extra_rows) {
         for (const int64_t T : { 1, 40 }) {
             test_extra_rows(extra, T);
         }

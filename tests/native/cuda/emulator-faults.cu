@@ -169,6 +169,7 @@ __global__ void unwritten(float * y, const float * x) {
     if (threadIdx.x > 0) {
         s[threadIdx.x] = 1.0f;
     }
+    copied[4 * threadIdx.x] = 1.0f;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                  :
                  : "r"((unsigned) __cvta_generic_to_shared(copied + 4 * threadIdx.x)), "l"(x));
