@@ -144,6 +144,7 @@ struct Int8Step {
 
     static int_vector add(int_vector s, int_vector x, int_vector y) { return int8_add(s, x, y); }
 };
+static_assert(Int8Step::products == 4 * FloatStep::products, "a vector has four times as many bytes as floats");
 #endif
 
 #ifdef HAVE_BF16
@@ -154,6 +155,7 @@ struct Bf16Step {
 
     static bf16_sums add(bf16_sums s, bf16_vector x, bf16_vector y) { return bf16_add(s, x, y); }
 };
+static_assert(Bf16Step::products == 2 * FloatStep::products, "a vector has twice as many bf16 as floats");
 #endif
 
 #ifdef HAVE_TILES

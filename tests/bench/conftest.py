@@ -12,9 +12,11 @@ from kimi_gguf.engine.builds import cache_folder
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache folder of this test and of the commands that it runs."""
+    """The cache folder of this test and of the commands that it runs; programs are compiled once for all tests."""
     own = tmp_path_factory.mktemp("cache")
-    for name in ("engines", "sources", "downloads"):
+    (cache_folder() / "bench" / "programs").mkdir(parents=True, exist_ok=True)
+    (own / "bench").mkdir()
+    for name in ("engines", "sources", "downloads", "bench/programs"):
         (own / name).symlink_to(cache_folder() / name)
     monkeypatch.setenv("KIMI_GGUF_CACHE", str(own))
     return own

@@ -121,14 +121,14 @@ def test_a_missing_operator_is_reported(engine: Engine, upstream: Engine) -> Non
 def test_peaks_are_measured_with_and_without_the_processor_s_own_instructions(
     flags: tuple[str, ...],
 ) -> None:
+    """The program counts the multiply-adds of a vector at compile time. How fast they are is the processor's matter."""
     rates = json.loads(programs.ask(programs.program("peaks", flags), "1", "0.02"))
     assert rates["threads"] == 1
-    assert rates["read"] > 1e8 and rates["f32"] > 1e8
-    assert all(rates[kind] is None or rates[kind] > 1e8 for kind in ("int8", "bf16"))
-    # A vector has four times as many bytes as floats, and processors multiply no more vectors of them at once. Tile
-    # registers (AMX) multiply 16 * 16 * 64 bytes in 16 cycles, 32 times as many as two vectors of floats in each cycle.
-    most = 35 if "amx_int8" in cpuinfo("flags").split() else 4.4
-    assert flags == () or (rates["int8"] or 0) < most * rates["f32"]
+    assert rates["read"] > 0 and rates["f32"] > 0
+    instructions = {"int8": "avx2", "bf16": "avx512_bf16"} if platform.machine() == "x86_64" else {}
+    for kind, name in instructions.items():
+        has = flags != () and name in cpuinfo("flags").split()
+        assert rates[kind] > 0 if has else rates[kind] is None, kind
 
 
 def test_a_program_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +138,10 @@ def test_a_program_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_compiler_that_fails_is_reported_and_leaves_nothing(cache: Path) -> None:
+    before = set((cache / "bench" / "programs").iterdir())
     with pytest.raises(EngineError, match=r"peaks\.cpp: does not compile"):
         programs.program("peaks", ("-fno-such-flag",))
-    assert list((cache / "bench" / "programs").iterdir()) == []
+    assert set((cache / "bench" / "programs").iterdir()) == before
 
 
 def test_other_work_is_noticed_and_our_own_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

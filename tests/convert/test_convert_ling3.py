@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,12 +291,10 @@ def test_the_model_card(tmp_path: Path) -> None:
     assert "With upstream llama.cpp" in card
 
 
-def test_the_shape_of_ling_3_tiny_is_planned_in_seconds(tmp_path: Path) -> None:
+def test_the_shape_of_ling_3_tiny_is_planned(tmp_path: Path) -> None:
     """A sparse checkpoint with all tensors: 128 experts in 23 layers."""
     source = write_synthetic(tmp_path / "Ling-3.0-tiny", ling_tiny_config(), num_shards=32)
-    began = time.monotonic()
     plan = plan_only(source, TYPES["Q4_K_M"])
-    assert time.monotonic() - began < 30
     facts = {key.name: key.value for key in plan.keys}
     assert facts["bailingmoe3.block_count"] == 24
     assert str(facts["general.size_label"]).startswith("7.9B-A")

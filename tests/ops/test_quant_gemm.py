@@ -5,7 +5,7 @@ Upstream's comparison of MUL_MAT and MUL_MAT_ID with its plain path is in test_u
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +53,7 @@ def logits(
     return np.asarray(run_logits(engine, model, ids, RunOptions(threads=threads)), np.float64)
 
 
-@pytest.mark.parametrize("cases", ["7", pytest.param("1", marks=pytest.mark.full)], ids=["some", "all"])
+@pytest.mark.parametrize("cases", ["13", pytest.param("1", marks=pytest.mark.full)], ids=["some", "all"])
 @pytest.mark.parametrize("name", ["quant-gemm-test.cpp", "quant-gemm-gated-test.cpp"])
 def test_every_type_layout_shape_and_number_of_threads(
     name: str, cases: str, tmp_path: Path, engine: Engine
@@ -92,7 +92,7 @@ def test_the_same_bits_for_any_number_of_threads(
     engine: Engine, model: Path, ids: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = logits(engine, model, ids, monkeypatch, "require", 1)
-    for threads in (2, 7, 33, 100):
+    for threads in (2, 33):
         many = logits(engine, model, ids, monkeypatch, "require", threads)
         np.testing.assert_array_equal(one, many, f"{threads} threads")
 
@@ -102,25 +102,22 @@ def test_the_same_bits_for_any_number_of_threads(
     "case",
     [
         ("product-rows", "weights=q4_K", "tokens=64", "rows=2304", "k=2304"),
-        ("scan", "tokens=64", "layers=4"),
-        ("latent", "tokens=256", "keys=1280", "type=f16", "weights=f16"),
+        ("scan", "tokens=64", "layers=1"),
+        ("latent", "tokens=256", "keys=256", "type=f16", "weights=f16"),
     ],
     ids=lambda case: case[0],
 )
 def test_threads_without_a_processor_do_not_hold_up_the_others(case: tuple[str, ...], engine: Engine) -> None:
     """Our operators wait for other threads at ggml's barriers only, where threads sleep. A thread that waits in a loop
-    would use up its time slice, and take hundreds of times as long. If a thread were never given a processor, the
-    others would wait for it at the next barrier, and the program would not end."""
+    uses processors that the others need. If a thread were never given a processor, the others would wait for it at the
+    next barrier, and the program would not end."""
     operators = program("operators", ggml_flags(engine.lib))
 
-    def seconds(threads: int) -> float:
-        answers = []
-        for _ in range(3):
-            command = [operators, *case, f"threads={threads}"]
-            ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LONGEST)
-            answers.append(float(json.loads(ended.stdout)["median"]))
-        return min(answers)
+    def work(threads: int) -> float:
+        """Seconds of processors for the same number of calls; other programs do not change it much."""
+        before = sum(os.times()[2:4])
+        command = [operators, *case, f"threads={threads}", "seconds=0.001", "least=20"]
+        subprocess.run(command, capture_output=True, check=True, timeout=LONGEST)
+        return sum(os.times()[2:4]) - before
 
-    two = seconds(2)
-    for threads in (33, 100):
-        assert seconds(threads) < 8 * two, f"{threads} threads"  # about 1.3 and 2, on two processors
+    assert work(100) < 6 * work(1)  # about twice; 56 times if KDA_SCAN waits in a loop
