@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -25,13 +26,9 @@ ROOT = Path(__file__).parent.parent
 TIERS = ("default", "ci", "full")
 FOLDERS = {"devices": "ci", "platforms": "ci", "long": "full"}
 
-# Files that take minutes, longest first. A test process takes whole files: the long ones at the beginning, so that no
-# process is left alone with one at the end.
-LONG = (
-    "test_other_processors", "test_sanitizers", "test_cuda_latent", "test_cuda_backend", "test_cuda_compiles",
-    "test_convert_like_quantize", "test_bench_device", "test_cuda_kda", "test_verify", "test_bench_cli",
-    "test_macos_compiles",
-)  # fmt: skip
+# What each file takes, by tier: the number of cases and seconds. `--record-durations` replaces the entries of the files
+# that it runs. A test process takes whole files, the long ones first, so that none is left alone with one at the end.
+DURATIONS = ROOT / "tests" / "durations.json"
 
 # A shell in the background starts its children with Ctrl-C ignored; the tests send Ctrl-C to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -45,6 +42,12 @@ os.environ.setdefault("KIMI_VERIFY_SECONDS", "0")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tier", choices=TIERS, default="full", help="the tests to run (scripts/test sets it)")
+    parser.addoption("--record-durations", action="store_true", help="write tests/durations.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder())
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -58,7 +61,47 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in set(others)]
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    for item in items:
+        item.user_properties.append(("tier", _tier(item)))
+    files = recorded().get(config.getoption("--tier"), {})
+    items.sort(key=lambda item: -files.get(_name(item.nodeid), (0, 0.0))[1])
+
+
+class Recorder:
+    """Adds up the seconds of each file, and writes them when all tests have ended."""
+
+    def __init__(self) -> None:
+        self._files: dict[tuple[str, str], tuple[int, float]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        key = (dict(report.user_properties)["tier"], _name(report.nodeid))
+        cases, seconds = self._files.get(key, (0, 0.0))
+        self._files[key] = (cases + (report.when == "call"), seconds + report.duration)
+
+    def pytest_sessionfinish(self) -> None:
+        tiers = recorded()
+        for (tier, name), (cases, seconds) in self._files.items():
+            tiers.setdefault(tier, {})[name] = (cases, round(seconds, 1))
+        lines = (
+            f"{json.dumps(tier)}: {{\n"
+            + ",\n".join(f"{json.dumps(name)}: {json.dumps(files[name])}" for name in sorted(files))
+            + "\n}"
+            for tier in TIERS
+            for files in [
+                {name: file for name, file in tiers.get(tier, {}).items() if (ROOT / name).exists()}
+            ]
+        )
+        DURATIONS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def recorded() -> dict[str, dict[str, tuple[int, float]]]:
+    """By tier and by file's path: the number of cases, and seconds."""
+    tiers: dict[str, dict[str, tuple[int, float]]] = json.loads(DURATIONS.read_text())
+    return tiers
+
+
+def _name(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 def _tier(item: pytest.Item) -> str:

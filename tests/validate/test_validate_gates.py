@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from validate_case import FLASH, TOKENS, TRUTH, run_with
 
-from kimi_gguf.validate.gates import LIMITS, Evidence, GateResult, judge
+from kimi_gguf.validate.gates import LIMITS, Evidence, GateResult, Limit, judge
 from kimi_gguf.validate.measure import Measured
 from kimi_gguf.validate.tensors import TensorProof
 
@@ -31,6 +31,18 @@ def failed(kind: str, runs: list[Measured], upstream: list[Measured] | None = No
 def test_the_limit_of_each_type(kind: str, error: float, passes: bool) -> None:
     """F32: NMSE 1e-10, which is an error of 1e-5 of the logits' size; F16 2e-7, BF16 1e-5."""
     assert (not failed(kind, [run_with(error)])) == passes
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [(kind, limit) for kind, limits in LIMITS.items() for limit in limits if limit.over]
+)
+def test_each_limit_of_a_summary_alone(kind: str, limit: Limit) -> None:
+    """A figure at its limit passes; just beyond it, its gate fails and no other one does."""
+    for share, expected in ((1.0, []), (0.99 if limit.at_least else 1.01, [limit.title])):
+        run = run_with(0)
+        summary = replace(getattr(run, limit.over), **{limit.figure: share * limit.value})
+        gates = failed(kind, [replace(run, **{limit.over: summary})])
+        assert [gate.title for gate in gates] == expected
 
 
 def test_every_variant_must_keep_the_limits() -> None:
@@ -89,7 +101,7 @@ def test_a_high_expert_mismatch_rate_fails(kind: str) -> None:
 def test_worse_than_upstream_fails_even_within_the_limits() -> None:
     assert not failed("BF16", [run_with(1e-3)], [run_with(1e-3)])
     titles = {gate.title for gate in failed("BF16", [run_with(1.2e-3)], [run_with(1e-3)])}
-    assert "typical NMSE, ratio to upstream" in titles
+    assert titles == {"typical NMSE, ratio to upstream", "typical KLD, ratio to upstream"}
     assert not failed("BF16", [run_with(1e-3)], [run_with(1.2e-3)])
 
 
