@@ -19,6 +19,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
+from kimi_gguf.patches.errors import KimiError
+
 Logits = NDArray[np.float32]
 Hidden = NDArray[np.float32]
 State = NDArray[np.uint8]
@@ -30,7 +32,7 @@ OUT_OF_MEMORY = re.compile(r"alloc|out of memory", re.IGNORECASE)
 DEVICE_TYPES = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # ggml_backend_dev_type
 
 
-class LlamaError(Exception):
+class LlamaError(KimiError):
     """One line about an operation that failed in llama.cpp."""
 
 
@@ -87,7 +89,7 @@ class Llama:
         ggml = library("ggml")
         ggml.ggml_backend_load.restype = ctypes.c_void_p
         if not ggml.ggml_backend_load(path.encode()):
-            raise LlamaError(f"{path}: the backend cannot be loaded")
+            raise LlamaError(f"{path}: the backend cannot be loaded", todo="see its log")
 
     def add_worker(self, endpoint: str) -> None:
         """Add the devices of a worker (`kimi-llama worker`), such as 10.0.0.2:50052."""
@@ -108,7 +110,7 @@ class Llama:
 
     def devices(self) -> list[dict[str, Any]]:
         """Name, description, kind and memory of each device."""
-        ggml, found = library("ggml"), []
+        ggml, listed = library("ggml"), []
         ggml.ggml_backend_dev_get.restype = ctypes.c_void_p
         ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
         for name in ("name", "description"):
@@ -117,14 +119,14 @@ class Llama:
             device = ctypes.c_void_p(ggml.ggml_backend_dev_get(ctypes.c_size_t(i)))
             free, total = ctypes.c_size_t(), ctypes.c_size_t()
             ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-            found.append({
+            listed.append({
                 "name": ggml.ggml_backend_dev_name(device).decode(),
                 "description": ggml.ggml_backend_dev_description(device).decode(errors="replace"),
                 "kind": DEVICE_TYPES[ggml.ggml_backend_dev_type(device)],
                 "memory": total.value,
                 "free": free.value,
             })  # fmt: skip
-        return found
+        return listed
 
     def load(self, gguf: str, devices: Sequence[str] | None = None, **params: Any) -> Model:
         """Load a model. devices: by name; None: llama.cpp's choice. params: of llama_model_params."""
@@ -133,10 +135,15 @@ class Llama:
         if devices is not None:
             ggml = library("ggml")
             ggml.ggml_backend_dev_by_name.restype = ctypes.c_void_p
-            found = [ggml.ggml_backend_dev_by_name(name.encode()) for name in devices]
-            if not all(found):
-                raise LlamaError(f"not all of the devices {', '.join(devices)} exist")
-            listed = (ctypes.c_void_p * (len(found) + 1))(*found, None)  # must live until the model is loaded
+            handles = [ggml.ggml_backend_dev_by_name(name.encode()) for name in devices]
+            if not all(handles):
+                names = ", ".join(device["name"] for device in self.devices())
+                raise LlamaError(
+                    "devices", expected=", ".join(devices), found=names, todo="choose of those found"
+                )
+            listed = (ctypes.c_void_p * (len(handles) + 1))(
+                *handles, None
+            )  # must live until the model is loaded
             p.devices = ctypes.cast(listed, ctypes.c_void_p)
         handle = self.api.llama_model_load_from_file(gguf.encode(), p)
         if not handle:
@@ -196,7 +203,9 @@ class Context:
             p.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED, _ENABLED
         kind = GGMLQuantizationType.__members__.get(cache_type.upper())  # llama_cpp lacks some, such as BF16
         if kind is None:
-            raise LlamaError(f"cache type {cache_type!r} is not one of ggml's types")
+            raise LlamaError(
+                "type of the cache", expected="one of ggml's types, such as F16", found=cache_type
+            )
         p.type_k = p.type_v = int(kind)
         if eval_callback is not None:
             self._callback = self._api.ggml_backend_sched_eval_callback(eval_callback)
@@ -320,4 +329,9 @@ def _assign(struct: Any, params: Mapping[str, Any]) -> None:
             raise LlamaError(f"{type(struct).__name__} has no field {name}")
         setattr(struct, name, value)
         if isinstance(value, int) and getattr(struct, name) != value:
-            raise LlamaError(f"{type(struct).__name__}.{name} is too small for {value}")
+            raise LlamaError(
+                f"{type(struct).__name__}.{name}",
+                expected="a number that fits",
+                found=value,
+                todo="use a smaller one",
+            )

@@ -68,8 +68,10 @@ def check_disk(needs: Needs, out: Path) -> None:
     free = shutil.disk_usage(out).free
     if free < needs.disk:
         raise ProveError(
-            f"{out}: expected {needs.disk / GB:.1f} GB of free disk space, found {free / GB:.1f} GB; "
-            "choose another disk with --out"
+            out,
+            expected=f"{needs.disk / GB:.1f} GB of free disk space",
+            found=f"{free / GB:.1f} GB",
+            todo="choose another disk with --out",
         )
 
 
@@ -141,9 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
         source = Path(args.source).expanduser()
         absent = not source.exists()
         if absent and args.source.startswith(("/", ".", "~")):
-            raise ProveError(f"{args.source}: no such folder")
+            raise ProveError(args.source, expected="a folder", found="none")
         if absent and args.source.count("/") != 1:
-            raise ProveError(f"{args.source}: not found; expected a folder or a hub id (OWNER/NAME)")
+            raise ProveError(args.source, expected="a folder or a hub id (OWNER/NAME)", found="neither")
         with tempfile.TemporaryDirectory() as scratch:
             planned = write_synthetic(Path(scratch)) if absent else source
             needs = Needs(CHECKPOINT_BYTES if absent else 0, planned_bytes(planned, args.type))

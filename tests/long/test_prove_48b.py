@@ -46,12 +46,12 @@ def test_a_disk_too_small_is_reported_before_the_download(
 @pytest.mark.parametrize("path", ["/nope", "./nope", "~/nope"])
 def test_a_path_is_not_taken_as_a_hub_id(path: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([path]) == 1
-    assert capfd.readouterr().err == f"prove-48b: error: {path}: no such folder\n"
+    assert capfd.readouterr().err == f"prove-48b: error: {path}: expected a folder, found none\n"
 
 
 def test_neither_folder_nor_hub_id_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["no-such-folder"]) == 1
-    assert "no-such-folder: not found; expected a folder or a hub id" in capfd.readouterr().err
+    assert "no-such-folder: expected a folder or a hub id" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["--rehearse", "--help"]])

@@ -107,8 +107,8 @@ def test_progress_counts_tokens(gguf: Path, engine: Engine) -> None:
         ([VOCAB_SIZE], RunOptions(), f"0..{VOCAB_SIZE - 1}"),
         ([], RunOptions(), "at least one"),
         (IDS, RunOptions(n_ctx=32), "n_ctx is 32, and these sequences need 70"),
-        (IDS, RunOptions(n_ubatch=2**32 + 16), "n_ubatch is too small for 4294967312"),
-        (IDS, RunOptions(cache_type="Q3_5"), "'Q3_5' is not one of ggml's types"),
+        (IDS, RunOptions(n_ubatch=2**32 + 16), "n_ubatch: expected a number that fits, found 4294967312"),
+        (IDS, RunOptions(cache_type="Q3_5"), "expected one of ggml's types, such as F16, found Q3_5"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(
