@@ -86,7 +86,7 @@ class Tool:
 _THREADS = Default(("-t", "--threads"), ("--threads", "{cores}"))
 _FLASH = Default(("-fa", "--flash-attn"), ("--flash-attn", "auto"))
 _JINJA = Default(("--jinja", "--no-jinja"), ("--jinja",))
-_PLAIN = Default(("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
+_NO_CONVERSATION = Default(("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
 _QUIET = Default(  # only text and warnings: no list of the model's metadata and tensors
     ("-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-verbose"),
     ("--verbosity", "2"),
@@ -132,7 +132,7 @@ TOOLS = {
         '  kimi-llama run model.gguf -md draft.gguf -p "The sea is" -n 64 --temp 0\n'
         '  kimi-llama run ling.gguf --spec-type draft-mtp -p "The sea is" -n 64 --temp 0\n'
         '  kimi-llama run model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052 -p "The sea is"',
-        (_THREADS, _FLASH, _UBATCH, _PLAIN, _QUIET),
+        (_THREADS, _FLASH, _UBATCH, _NO_CONVERSATION, _QUIET),
         drafted="llama-speculative-simple",
     ),
     "chat": Tool(

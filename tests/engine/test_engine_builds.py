@@ -28,7 +28,7 @@ from kimi_gguf.engine.builds import Engine, builds, cache_folder, cpu_library, f
 from kimi_gguf.engine.doctor import Check, list_devices
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import find_compilers
-from kimi_gguf.patches.series import PATCH_FOLDER
+from kimi_gguf.patches.series import PATCH_FOLDER, Series
 from kimi_gguf.scripts import kimi_llama
 
 # name of a build, its key, and when it was built: the default build is the oldest, and a CPU build
@@ -422,6 +422,11 @@ def test_a_variable_that_changes_a_build_changes_its_key(
         assert key("program") == plain.work_key  # which program it is has its own part in the key
     elif backend != "cpu":
         assert key("-O0", "cpu") == plain.work_key
+
+
+def test_other_patches_make_another_build(plain: BuildSpec) -> None:
+    fewer = replace(plain, series=Series(plain.series.patches[1:]))
+    assert len({plain.key, fewer.key, replace(plain, upstream=True).key}) == 3
 
 
 def test_flags_are_in_the_spec(plain: BuildSpec, monkeypatch: pytest.MonkeyPatch) -> None:

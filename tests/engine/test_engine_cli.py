@@ -66,6 +66,7 @@ def test_path_prints_the_folder_with_bin_and_lib(built: Path) -> None:
     [
         (["--workers", "foo"], "foo"),
         (["--rpc", "10.0.0.2"], "10.0.0.2"),
+        (["--workers", "10.0.0.2:50052,other:"], "other:"),
         (["--workers", "[::1]:50052"], "[::1]:50052"),
         (["-n", "3", "--workers"], "nothing"),
     ],

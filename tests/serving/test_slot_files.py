@@ -83,21 +83,6 @@ def test_a_restored_slot_has_its_checkpoints(start: Start) -> None:
         assert shorter.ids == ask(server, PROMPT[: len(PROMPT) * 3 // 4]).ids
 
 
-def test_a_file_of_upstream_is_restored_without_checkpoints(
-    tmp_path: Path, start: Start, upstream: Engine, gguf: Path
-) -> None:
-    with serving(upstream, tmp_path, gguf, "-np", "1", "--slot-save-path", f"{tmp_path}/") as server:
-        ask(server)
-        server.slot("save")
-    with start() as server:
-        expected = ask(server, PROMPT + "define: river\n")
-    with start() as server:
-        server.slot("restore")
-        assert checkpoints(server) == []
-        longer = ask(server, PROMPT + "define: river\n")
-    assert longer.ids == expected.ids
-
-
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, start: Start) -> None:
     with start() as server:
         ask(server)

@@ -107,17 +107,6 @@ def test_logits_have_the_same_bits(count: int, engine: Engine, small: Path, tmp_
     assert np.array_equal(remote.logits, local.logits)
 
 
-def test_a_server_answers_the_same_over_two_workers(engine: Engine, gguf: Path, tmp_path: Path) -> None:
-    with serving(engine, tmp_path, gguf) as server:
-        expected = server.complete(PROMPT, COUNT).ids
-    with rpc_workers(engine, tmp_path, 2) as workers:
-        with serving(engine, tmp_path, gguf, "--rpc", listed(workers)) as server:
-            assert server.complete(PROMPT, COUNT).ids == expected
-        log = server.log.read_text(errors="replace")
-    assert "kda: operators in use" in log
-    assert all(f"{worker.endpoint} {SAME_BUILD}" in log for worker in workers)
-
-
 def test_a_killed_worker(engine: Engine, gguf: Path, tmp_path: Path) -> None:
     """Requests in flight and later ones fail with 503; the server recovers when the worker is back."""
     with (
