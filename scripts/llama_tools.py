@@ -296,7 +296,7 @@ def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     program, defaults = tool.program, tool.defaults
     if tool.drafted is not None and options & {*_DRAFT, _KIND}:
         program = tool.drafted
-        defaults = (*tool.without(_PLAIN).defaults, _SPECULATE)
+        defaults = (*tool.without(_NO_CONVERSATION).defaults, _SPECULATE)
     added = [
         word.format(cores=cores())
         for default in defaults
