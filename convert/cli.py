@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import math
 import re
 import sys
 import time
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
+from kimi_gguf.convert.adapter.argument import scaled_path
 from kimi_gguf.convert.adapter.gguf import TYPES_OF_ADAPTERS, convert_adapter
 from kimi_gguf.convert.adapter.pairs import is_adapter
 from kimi_gguf.convert.adapter.peft_config import read_peft_config
@@ -209,21 +209,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_adapters(parser: argparse.ArgumentParser, text: str) -> None:
     add = parser.add_argument
-    add("--adapter", metavar="FOLDER[:SCALE]", type=_adapter, action="append", default=[], help=text)
-
-
-def _adapter(text: str) -> tuple[Path, float]:
-    """The folder of an adapter and its scale. A folder whose name ends with a colon and a number is that folder."""
-    folder, colon, scale = text.rpartition(":")
-    if not colon or exists(Path(text)):
-        return Path(text), 1.0
-    try:
-        value = float(scale)
-    except ValueError:
-        return Path(text), 1.0
-    if not folder or not math.isfinite(value) or value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected FOLDER:SCALE with a number that is not 0")
-    return Path(folder), value
+    add("--adapter", metavar="FOLDER[:SCALE]", type=scaled_path, action="append", default=[], help=text)
 
 
 def _add_max_memory(parser: argparse.ArgumentParser) -> None:

@@ -158,6 +158,16 @@ class Model:
         self.llama, self.handle = llama, handle
         self.vocab = llama.api.llama_model_get_vocab(handle)
         self.n_vocab: int = llama.api.llama_vocab_n_tokens(self.vocab)
+        self._adapters: dict[str, Any] = {}
+
+    def adapter(self, file: str) -> Any:
+        """A LoRA adapter of the model, a GGUF file; it is loaded once."""
+        if file not in self._adapters:
+            adapter = self.llama.api.llama_adapter_lora_init(self.handle, os.fsencode(file))
+            if not adapter:
+                raise self.llama.error(f"{file} cannot be loaded")
+            self._adapters[file] = adapter
+        return self._adapters[file]
 
     def tokenize(self, text: bytes, special: bool) -> list[int]:
         """Token ids; special: whether special tokens in the text are matched. No token is added."""
@@ -223,6 +233,14 @@ class Context:
     def free(self) -> None:
         """Free the context; it must not be used after that."""
         self._api.llama_free(self.handle)
+
+    def set_adapters(self, scales: Mapping[str, float]) -> None:
+        """From here on, use these LoRA adapters (GGUF files) with their scales, and no others."""
+        handles = [self.model.adapter(file) for file in scales]
+        array = (self._api.llama_adapter_lora_p_ctypes * len(handles))(*handles)
+        values = (ctypes.c_float * len(handles))(*scales.values())
+        if self._api.llama_set_adapters_lora(self.handle, array, len(handles), values) != 0:
+            raise self._llama.error("the adapters cannot be used")
 
     def set_threads(self, threads: int) -> None:
         """Set the number of threads for prompts and for single tokens."""

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kimi_gguf.convert.adapter.argument import scaled_path
+from kimi_gguf.convert.adapter.merge import open_merged
 from kimi_gguf.convert.card.text import licence_note
 from kimi_gguf.convert.plan import model_notes
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
@@ -79,6 +81,10 @@ examples:
       also run the file on upstream llama.cpp and compare
   validate-kimi other.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct --against kimi-Q8_0.gguf --cache-type Q8_0
       also run kimi-Q8_0.gguf and show its figures next to those of other.gguf
+  validate-kimi merged.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct --adapter my-adapter
+      the reference with a LoRA adapter, against a file into which it was merged
+  validate-kimi kimi-Q8_0.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct --adapter my-adapter --lora my-adapter.gguf
+      the same against the file of the base with the converted adapter
   validate-kimi card hub --checkpoint Kimi-Linear-48B-A3B-Instruct
       validate all files in hub/ and write hub/README.md, a model card with table and plots
   validate-kimi show report/report.json older/report.json
@@ -164,6 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     against = "also run this file and show its metrics next to those of GGUF"
     add("--against", metavar="FILE", type=Path, help=against)
+    text = "give the reference this LoRA adapter of PEFT, times SCALE (default: 1); may be repeated"
+    scaled = partial(add, type=scaled_path, action="append", default=[])
+    scaled("--adapter", metavar="FOLDER[:SCALE]", help=text)
+    text = "run GGUF with this GGUF adapter; without, GGUF is a merged file; may be repeated"
+    scaled("--lora", metavar="FILE[:SCALE]", help=text)
     written = "also evaluate on N tokens that llama.cpp generates after the text (default: %(default)s)"
     add("--generate", metavar="N", type=partial(_between, 0, MOST_TOKENS), default=32, help=written)
     _add_run_options(parser, "file was")
@@ -221,7 +232,16 @@ def _request(options: argparse.Namespace, gguf: Path, against: Path | None = Non
     for path in filter(None, (gguf, against)):
         with open_gguf(path):
             pass
-    with open_checkpoint(options.checkpoint):
+    adapters, lora = getattr(options, "adapter", ()), getattr(options, "lora", ())  # a card has neither
+    if lora and not adapters:
+        raise ValidateError(
+            "--lora: the reference has no adapter",
+            todo="give the PEFT adapter that the file was made from: --adapter",
+        )
+    for path, _ in lora:
+        with open_gguf(path):
+            pass
+    with open_merged(options.checkpoint, adapters):
         pass
     on_gpu = options_of(options.build)[0] not in CPU_BACKENDS
     text, ids, source = TEXT, None, BUILT_IN
@@ -248,6 +268,8 @@ def _request(options: argparse.Namespace, gguf: Path, against: Path | None = Non
         ),
         dtype=getattr(torch, options.precision),
         against=against,
+        adapters=tuple(adapters),
+        lora=tuple(lora),
     )
 
 

@@ -48,6 +48,7 @@ class RunOptions:
     n_gpu_layers: int = 0
     trace: bool = False  # record layer outputs and chosen experts; one sequence only
     mtp: bool = False  # also run the MTP layer, on the same tokens
+    lora: tuple[tuple[str, float], ...] = ()  # GGUF adapters and their scales
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def make_context(
     cells = max(lengths) * len(lengths)
     if options.n_ctx is not None and options.n_ctx < cells:
         raise LlamaError(f"n_ctx is {options.n_ctx}, and these sequences need {cells}")
-    return Context(
+    context = Context(
         model,
         cache_type=options.cache_type,
         flash_attention=options.flash_attention,
@@ -134,6 +134,9 @@ def make_context(
         kv_unified=options.kv_unified,
         ctx_type=MTP_CONTEXT if mtp else 0,
     )
+    if options.lora:
+        context.set_adapters(dict(options.lora))
+    return context
 
 
 def save_and_restore(context: Context, sequences: int) -> None:

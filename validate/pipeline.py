@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from kimi_gguf.convert.adapter.merge import open_merged
 from kimi_gguf.convert.output.journal import stamp
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.engine.builds import Engine
@@ -61,6 +63,17 @@ class Request:
     options: RunOptions
     dtype: torch.dtype
     against: Path | None = None  # another GGUF file whose figures are shown too
+    adapters: tuple[
+        tuple[Path, float], ...
+    ] = ()  # PEFT folders that the reference has merged, and their scales
+    lora: tuple[
+        tuple[Path, float], ...
+    ] = ()  # GGUF adapters with which the file runs; without, it is a merged file
+
+    @property
+    def run_options(self) -> RunOptions:
+        """The options with the adapters of the file."""
+        return replace(self.options, lora=tuple((str(file.absolute()), scale) for file, scale in self.lora))
 
 
 @dataclass
@@ -109,12 +122,14 @@ def validate(
 ) -> Report:
     """Measure one GGUF file and apply the gates. Raises `ValidateError`, also if a file was replaced meanwhile."""
     began, shared = time.monotonic(), shared or Shared()
-    gguf_facts = shared.gguf_facts(request.gguf, reporter)
+    gguf_facts = shared.gguf_facts(request.gguf, reporter) | provenance.lora_facts(
+        request.lora, reporter.step
+    )
     reporter.phase("tokenizing")
     ids, generated = ids_of(request, engine)
     with open_gguf(request.gguf) as file:
         mtp, architecture = has_mtp(file), file.keys.get("general.architecture")
-    with open_checkpoint(request.checkpoint, mtp) as checkpoint:
+    with open_merged(request.checkpoint, request.adapters, mtp) as checkpoint:
         if architecture != checkpoint.config.architecture:
             raise ValidateError(
                 f"{request.gguf}: general.architecture",
@@ -132,7 +147,8 @@ def validate(
             check_model(request.against, request.checkpoint)
         checkpoint_facts = shared.checkpoint_facts(checkpoint, reporter)
         reporter.phase("comparing tensors with the checkpoint")
-        tensors = prove(request.gguf, checkpoint, reporter.step)
+        with open_checkpoint(request.checkpoint, mtp) if request.lora else nullcontext(checkpoint) as written:
+            tensors = prove(request.gguf, written, reporter.step)
         if tensors.misfits:
             raise ValidateError(
                 f"{request.gguf}: does not match the checkpoint's shape: "
@@ -155,7 +171,7 @@ def validate(
 
         def runs(on: Engine, label: str) -> list[Measured]:
             measured, of_mtp = [], []
-            options = replace(request.options, mtp=mtp)
+            options = replace(request.run_options, mtp=mtp)
             for variant in variants:
                 reporter.phase(f"{label}: {variant.title}")
                 found = answer(on, files[variant.quiet], ids, variant, options, reporter.step)
@@ -178,7 +194,7 @@ def validate(
 
         rivals.append(_rival(provenance.readable(other.name), run_other, reporter))
     reporter.phase("noise floor")
-    floor = noise_floor(engine, request.gguf, ids, request.options, FLOOR_UBATCH)
+    floor = noise_floor(engine, request.gguf, ids, request.run_options, FLOOR_UBATCH)
     upstream_runs = rivals[0].runs if upstream is not None else []
     worst = _worst(engine, request.gguf, own[0], expected[False])
     for of in (request.gguf, checkpoint.folder):  # everything is read: the hashes are of what was measured
@@ -225,7 +241,7 @@ def ids_of(request: Request, engine: Engine) -> tuple[Ids, int]:
         )
     if not request.generate:
         return given, 0
-    written = continue_greedily(engine, request.gguf, given, request.generate, request.options)
+    written = continue_greedily(engine, request.gguf, given, request.generate, request.run_options)
     return np.concatenate([given, np.array(written, dtype=np.int64)]), len(written)
 
 

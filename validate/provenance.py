@@ -66,9 +66,17 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
     return list(dict.fromkeys((checkpoint.folder / "config.json", *checkpoint.files)))
 
 
+def lora_facts(lora: Sequence[tuple[Path, float]], progress: Callable[[int, int], None]) -> Facts:
+    """The adapters with which the file runs; nothing without any."""
+    adapters = [{**_file_facts([path], progress), "scale": scale} for path, scale in lora]
+    return {"lora": adapters} if adapters else {}
+
+
 def checkpoint_facts(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Facts:
-    """Name, parameter count, and the hashes of the config and weight files."""
+    """Name, parameter count, and the hashes of the config and weight files, and of merged adapters."""
+    adapters = [vars(adapter) | {"name": readable(adapter.name)} for adapter in checkpoint.merged]
     return {
+        **({"adapters": adapters} if adapters else {}),
         "name": readable(checkpoint.folder.resolve().name),
         "parameters": sum(int(np.prod(shape)) for shape in checkpoint.shapes.values()),
         "files": [_file_facts([path], progress) for path in files_of(checkpoint)],

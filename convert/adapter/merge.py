@@ -64,17 +64,17 @@ def _addition(pair: Pair, scale: float) -> Addition:
 
     def add(values: Matrix, first: int) -> None:
         a, b = pair.factors()
-        row, within = divmod(first, a.shape[1])
-        if within or len(values) % a.shape[1]:
-            raise ValueError(f"elements {first}..{first + len(values)} are not whole rows of {a.shape[1]}")
-        rows = values.reshape(-1, a.shape[1])
-        step = max(_ELEMENTS // a.shape[1], 1)
-        for begin in range(0, len(rows), step):
-            block = rows[begin : begin + step]
-            columns = b[row + begin : row + begin + len(block)]
-            total = columns[:, :1] * a[0]
+        columns = a.shape[1]
+        step = max(_ELEMENTS // columns, 1)
+        row, end = first // columns, first + len(values)
+        while row * columns < end:
+            block = b[row : row + step]
+            total = block[:, :1] * a[0]
             for k in range(1, len(a)):
-                total += columns[:, k : k + 1] * a[k]
-            block += factor * total
+                total += block[:, k : k + 1] * a[k]
+            begin, stop = max(row * columns, first), min((row + step) * columns, end)
+            part = total.reshape(-1)[begin - row * columns : stop - row * columns]
+            values[begin - first : stop - first] += factor * part
+            row += step
 
     return add

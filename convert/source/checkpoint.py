@@ -47,7 +47,7 @@ _NO_PICKLES: Final = (
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-Addition = Callable[[npt.NDArray[np.float32], int], None]  # adds to whole rows, 1-D, from this element on
+Addition = Callable[[npt.NDArray[np.float32], int], None]  # adds to elements, 1-D, from this one on
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Checkpoint:
 
     def elements(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """Elements `first .. first+count` in row-major order, 1-D, as `dtype` says: BF16 as uint16, MXFP4 as blocks of
-        bytes (there `first` and `count` must be whole groups). With merged adapters only whole rows can be read."""
+        bytes (there `first` and `count` must be whole groups)."""
         found = [file.read(stored, at, size) for file, stored, at, size in self._parts(name, first, count)]
         stored = found[0] if len(found) == 1 else mxfp4.blocks(*found)
         if name not in self._additions:

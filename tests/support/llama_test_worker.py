@@ -66,7 +66,6 @@ class Player:
             self._setup |= {"embeddings": True, "pooling_type": pooling}
         self._contexts: list[Context] = []
         self._drafts: list[Context] = []  # of the MTP layer, one for each of the others
-        self._adapters: dict[str, Any] = {}  # loaded, by file
         self._nodes_left: int | None = None
         self._stored: dict[str, State] = {}
         self._abort_callback = ABORT_CALLBACK(self._is_aborted)
@@ -94,17 +93,8 @@ class Player:
 
     def adapters(self, scales: dict[str, float]) -> None:
         """From here on, use these adapters and no others. scales: by file."""
-        api = self._model.llama.api
-        for file in scales:
-            if file not in self._adapters:
-                adapter = api.llama_adapter_lora_init(self._model.handle, file.encode())
-                if not adapter:
-                    raise self._model.llama.error(f"{file} cannot be loaded")
-                self._adapters[file] = adapter
-        handles = (api.llama_adapter_lora_p_ctypes * len(scales))(*(self._adapters[file] for file in scales))
-        values = (ctypes.c_float * len(scales))(*scales.values())
         for context in (self._context, *self._drafts):
-            api.llama_set_adapters_lora(context.handle, handles, len(scales), values)
+            context.set_adapters(scales)
 
     def control(self, scale: float) -> None:
         """From here on, add a random control vector to the output of each layer."""

@@ -81,6 +81,7 @@ ELSEWHERE = (
      "tests/tools/test_synthetic_checkpoint.py"),
     (r"convert-kimi (my-adapter |.*--adapter my-adapter)|kimi-llama chat kimi-q4.gguf --lora",
      "tests/convert/test_convert_adapter.py"),
+    (r"validate-kimi .*--adapter my-adapter", "tests/validate/test_validate_adapter.py"),
     (r"kimi-llama (worker|\w+ .*--workers)", "tests/serving/test_workers.py"),
     (r"kimi-llama serve ling.gguf", "tests/serving/test_mtp_drafts.py"),
 )  # fmt: skip
