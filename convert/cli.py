@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 
 from kimi_gguf.convert.adapter.argument import scaled_path
 from kimi_gguf.convert.adapter.gguf import TYPES_OF_ADAPTERS, convert_adapter
-from kimi_gguf.convert.adapter.pairs import is_adapter
+from kimi_gguf.convert.adapter.pairs import has_adapter, is_adapter
 from kimi_gguf.convert.adapter.peft_config import read_peft_config
 from kimi_gguf.convert.card.text import licence_note
 from kimi_gguf.convert.conversion import Options, convert, plan_only, silent, silently
@@ -329,6 +329,12 @@ def _convert(options: argparse.Namespace) -> int:
         chat_template=options.chat_template,
         adapters=tuple(options.adapter),
     )
+    if has_adapter(options.source) and not options.adapter and not options.quiet:
+        print(
+            f"{PROGRAM}: note: {options.source} also has a LoRA adapter, which is not merged: --adapter "
+            f"{options.source} merges it",
+            file=sys.stderr,
+        )
     if options.dry_run:
         print(plan_text(plan_only(options.source, request, wanted), options.output or Path("OUT.gguf")))
         return 0

@@ -28,7 +28,7 @@ from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, hub_shapes, places_of
 from kimi_gguf.convert.model.layouts import Place
 from kimi_gguf.convert.source.byte_source import LocalFile
-from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
+from kimi_gguf.convert.source.checkpoint import INDEX, SINGLE, Checkpoint, to_float32
 from kimi_gguf.convert.source.safetensors_file import FLOATS, Dtype, SafetensorsFile
 
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -110,7 +110,12 @@ class Adapter:
 
 
 def is_adapter(source: Path | str) -> bool:
-    """Whether a path is the folder of a PEFT adapter."""
+    """Whether a path is the folder of a PEFT adapter, and not of a model."""
+    return has_adapter(source) and not any((Path(source) / name).exists() for name in (SINGLE, INDEX))
+
+
+def has_adapter(source: Path | str) -> bool:
+    """Whether a path is a folder with a PEFT adapter, alone or next to its base."""
     try:
         return (Path(source) / CONFIG).is_file()
     except (OSError, ValueError):

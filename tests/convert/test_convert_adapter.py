@@ -326,6 +326,23 @@ def test_options_of_models_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_base_with_an_adapter_in_its_folder_is_a_model(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A note says that the adapter is not merged; `--adapter` with the same folder merges it."""
+    both, out = tmp_path / "both", tmp_path / "out.gguf"
+    shutil.copytree(small / "base", both)
+    shutil.copytree(small / "adapter", both, dirs_exist_ok=True)
+    assert cli.main([str(both), "-o", str(out), "--type", "F32"]) == 0
+    note = f"also has a LoRA adapter, which is not merged: --adapter {both} merges it"
+    assert note in capsys.readouterr().err
+    words = [str(both), "-o", str(tmp_path / "merged.gguf"), "--type", "F32"]
+    assert cli.main([*words, "--adapter", str(both)]) == 0
+    assert note not in capsys.readouterr().err
+    before, after = tensors_of(out), tensors_of(tmp_path / "merged.gguf")
+    assert {name for name in after if not np.array_equal(before[name], after[name])}
+
+
 def test_a_base_belongs_to_an_adapter(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main([str(small / "base"), "-o", "out.gguf", "--base", "x"])
