@@ -237,6 +237,8 @@ def _pairs_of(
         # an embedding's matrix is transposed, and in older versions of PEFT those of parameters are
         if (rows, columns) == (inner, out) and (of_embedding or len(target.place.stored_shape) == 3):
             found.setdefault((target.place.stored, True), []).append(target)
+        if out == inner and len(target.place.stored_shape) == 3:  # both fit
+            found.pop((target.place.stored, not config.transposed_parameters), None)
     if len(found) != 1:
         shapes = sorted({str(list(target.place.stored_shape)) for target in candidates})
         raise ConvertError(

@@ -53,6 +53,9 @@ class PeftConfig:
     alpha_pattern: Mapping[str, float]
     base: str | None  # the base model: a folder or a hub id
     invocation_tokens: tuple[int, ...]  # aLoRA: active from this sequence on; empty: always
+    transposed_parameters: (
+        bool  # whether PEFT was older than 0.19, which stored pairs of parameters transposed
+    )
 
     def rank_of(self, *names: str) -> int:
         """The rank of the pair of a module, or of its parameter."""
@@ -103,6 +106,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         alpha_pattern=_patterns(file, "alpha_pattern", data, whole=False),
         base=base if isinstance(base, str) and base else None,
         invocation_tokens=_tokens(file, data.get("alora_invocation_tokens")),
+        transposed_parameters=_is_old(data.get("peft_version")),
     )
 
 
@@ -124,6 +128,12 @@ def _number(file: Path, key: str, value: object, whole: bool = False) -> float:
     if isinstance(value, bool) or not is_number or not 0 < float(value) < 2**24:  # type: ignore[arg-type]
         raise _wrong(file, key, "a positive whole number" if whole else "a positive number", value)
     return float(value)  # type: ignore[arg-type]
+
+
+def _is_old(version: object) -> bool:
+    """Whether a version of PEFT is below 0.19; those that write none are."""
+    numbers = re.match(r"(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
+    return numbers is None or (int(numbers[1]), int(numbers[2])) < (0, 19)
 
 
 def _tokens(file: Path, value: object) -> tuple[int, ...]:

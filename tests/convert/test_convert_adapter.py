@@ -127,20 +127,25 @@ def test_ranks_scales_and_missing_experts(layout: random_checkpoint.Layout, tmp_
     assert_equal(found, tensors_of(tmp_path / "merged.gguf"))
 
 
-def test_the_transposed_pairs_of_older_versions_of_peft(tmp_path: Path) -> None:
-    """A parameter [experts, rows, columns] had A [rank * experts, rows] and B [columns, rank * experts] there."""
+@pytest.mark.parametrize("parameter", ["down_proj", "gate_up_proj"])
+def test_the_transposed_pairs_of_older_versions_of_peft(parameter: str, tmp_path: Path) -> None:
+    """A parameter [experts, rows, columns] had A [rank * experts, rows] and B [columns, rank * experts] there. With as
+    many rows as columns, as those of gate_up_proj here, only the version tells which it is."""
     (tmp_path / "base").mkdir()
-    base = random_checkpoint.write_checkpoint(tmp_path / "base", KIMI, "native")
-    new = write_adapter(tmp_path / "new", base, lambda name: "mlp.experts.down_proj" in name)
-    shutil.copytree(new, tmp_path / "old")
-    old, halves = tmp_path / "old/adapter_model.safetensors", load_file(new / "adapter_model.safetensors")
+    spec = replace(KIMI, moe_intermediate=KIMI.hidden // 2)
+    base = random_checkpoint.write_checkpoint(tmp_path / "base", spec, "native")
+    new = write_adapter(
+        tmp_path / "new", base, lambda name: f"mlp.experts.{parameter}" in name, peft_version="0.19.0"
+    )
+    old = write_adapter(tmp_path / "old", base, lambda name: False, peft_version="0.18.1")
+    halves = load_file(new / "adapter_model.safetensors")
     for key in [key for key in halves if "lora_A" in key]:
-        a = halves[key].reshape(KIMI.experts, RANK, -1)  # [experts, rank, columns]
-        b = halves[key.replace("_A", "_B")].reshape(-1, RANK, KIMI.experts)  # [rows, rank, experts]
-        halves[key] = b.permute(2, 1, 0).reshape(KIMI.experts * RANK, -1).contiguous()
-        halves[key.replace("_A", "_B")] = a.permute(2, 1, 0).reshape(-1, RANK * KIMI.experts).contiguous()
-    save_file(halves, old)
-    for adapter in (new, old.parent):
+        a = halves[key].reshape(spec.experts, RANK, -1)  # [experts, rank, columns]
+        b = halves[key.replace("_A", "_B")].reshape(-1, RANK, spec.experts)  # [rows, rank, experts]
+        halves[key] = b.permute(2, 1, 0).reshape(spec.experts * RANK, -1).contiguous()
+        halves[key.replace("_A", "_B")] = a.permute(2, 1, 0).reshape(-1, RANK * spec.experts).contiguous()
+    save_file(halves, old / "adapter_model.safetensors")
+    for adapter in (new, old):
         convert_adapter(adapter, base, adapter.with_suffix(".gguf"))
     assert_equal(tensors_of(tmp_path / "old.gguf"), tensors_of(tmp_path / "new.gguf"))
 
