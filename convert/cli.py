@@ -300,7 +300,7 @@ def _command(options: argparse.Namespace) -> Iterator[str]:
         ("--output-tensor-type", options.output_tensor_type and options.output_tensor_type.name),
         ("--token-embedding-type", options.token_embedding_type and options.token_embedding_type.name),
         *(("--tensor-type", f"{pattern}={kind.name}") for pattern, kind in options.tensor_type),
-        *(("--adapter", f"{folder.absolute().name}:{scale:g}") for folder, scale in options.adapter),
+        *(("--adapter", f"{folder.absolute().name}:{scale}") for folder, scale in options.adapter),
         ("--split-max-size", options.split_max_size and _split_size_text(options.split_max_size)),
         ("--chat-template", options.chat_template and options.chat_template.name),
         ("--name", options.name),

@@ -21,6 +21,7 @@ from kimi_gguf.convert.card.text import (
     Made,
     file_row,
     made_in,
+    merged_adapters,
     stem_of,
 )
 from kimi_gguf.convert.output.journal import stamp
@@ -143,9 +144,10 @@ def basis_of(report: Mapping[str, Any]) -> Basis:
 
 
 def may_be_of(keys: Mapping[str, object], others: Mapping[str, object]) -> bool:
-    """Whether the keys of two models name the same config and headers and, if both name one, the same commit. The
-    weights may differ nevertheless."""
+    """Whether the keys of two models name the same config, headers and merged adapters and, if both name one, the
+    same commit. The weights may differ nevertheless."""
     same = all(key in keys and keys[key] == others.get(key) for key in SOURCE_KEYS)
+    same = same and list(merged_adapters(keys)) == list(merged_adapters(others))
     return same and all(keys[key] == others[key] for key in HUB_KEYS if key in keys and key in others)
 
 

@@ -13,12 +13,15 @@ import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from kimi_gguf.convert.model.families import BY_ARCHITECTURE
 from kimi_gguf.convert.model.family import Family
+from kimi_gguf.convert.model.metadata import ADAPTER
 from kimi_gguf.convert.model.tensor_table import PlannedTensor, Transform
 from kimi_gguf.convert.plan import type_counts
 from kimi_gguf.convert.source.origin import CARD, LICENCE
@@ -38,7 +41,11 @@ DIFFERENCES: Final = (
     "Tensor names, shapes and types are those of llama.cpp, so that upstream builds load the file.",
 )
 
-_OPTIONS_OF_VERIFY: Final = ("--imatrix", "--chat-template")  # of convert-kimi, which verify needs, too
+_OPTIONS_OF_VERIFY: Final = (
+    "--imatrix",
+    "--chat-template",
+    "--adapter",
+)  # of convert-kimi, which verify needs, too
 _FENCE: Final = re.compile("`{3,}sh")
 _MADE: Final = re.compile(
     r"<!-- SHA-256: ([0-9a-f]{64}(?: [0-9a-f]{64})*) -->\nMade by kimi-gguf ([\w.+]+):\n"
@@ -62,6 +69,7 @@ python -m pip install kimi_gguf-*.whl
 
 `tools/release dist` in a checkout of kimi-gguf makes the wheel in `dist`; `docs/release.md` there describes other
 systems."""
+MOST_ADAPTERS: Final = 64  # that a card names
 REPORTS: Final = "validation"  # the folder of the reports and plots, next to the files
 RECOMMENDED: Final = (
     "Recommended: no file here that is as small has a mean KLD as low. Take the largest recommended file that leaves "
@@ -101,9 +109,9 @@ class Made:
     def check(self, name: str) -> str:
         """The command that compares the file `name` (of a split model, the first split) with a new conversion."""
         words = ["convert-kimi", "verify", name, "--checkpoint", self.command[1]]
-        for option in _OPTIONS_OF_VERIFY:
-            if option in self.command:
-                words += [option, self.command[self.command.index(option) + 1]]
+        for option, value in pairwise(self.command):
+            if option in _OPTIONS_OF_VERIFY:
+                words += [option, value]
         return shlex.join(words)
 
 
@@ -253,12 +261,23 @@ def origin_rows(facts: Mapping[str, object], name: str | None) -> Iterator[tuple
     for title, key in (("`config.json`", "config_sha256"), ("shards' headers", "headers_sha256")):
         if value := facts.get(f"kimi_gguf.source.{key}"):
             yield f"SHA-256 of its {title}", f"`{code_text(str(value))}`"
+    for adapter, scale, sha256 in merged_adapters(facts):
+        yield "merged adapter", f"`{code_text(adapter)}`, scale {scale:g}, SHA-256 `{code_text(sha256)}`"
     if base:
         yield "base model", f"`{code_text(base)}`"
     if licence:
         yield "licence", plain(str(licence))
     if size:
         yield "parameters, all and active", plain(str(size))
+
+
+def merged_adapters(facts: Mapping[str, object]) -> Iterator[tuple[str, float, str]]:
+    """Name, scale in float32, and SHA-256 of each adapter that was merged into a model's weights. Keys of another type
+    are left out."""
+    for i in range(MOST_ADAPTERS):
+        name, sha256, scale = (facts.get(f"{ADAPTER}.{i}.{key}") for key in ("name", "sha256", "scale"))
+        if isinstance(name, str) and isinstance(sha256, str) and isinstance(scale, float):
+            yield name, float(np.float32(scale)), sha256
 
 
 def making(models: Sequence[Listed]) -> str:

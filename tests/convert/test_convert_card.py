@@ -24,6 +24,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from random_checkpoint import Spec
+from random_peft import write_adapter
 from test_convert_like_quantize import write_imatrix
 
 from kimi_gguf.convert.card import folder as card_folder
@@ -196,7 +197,8 @@ def test_the_command_in_the_card_gives_the_same_bytes(
     monkeypatch.chdir(tmp_path)  # the metadata has the path of the importance matrix as it was given
     options = ["--type", "Q4_K_S", "--imatrix", "imatrix.gguf", "--split-max-size", "400K"]
     options += ["--tensor-type", "ssm_beta=Q8_0", "--output-tensor-type", "Q6_K", "--name", "a 'name'"]
-    options += ["--token-embedding-type", "Q5_K"]
+    write_adapter(tmp_path / "tuned", source)
+    options += ["--token-embedding-type", "Q5_K", "--adapter", "tuned:0.3", "--adapter", "tuned:-0.12345678"]
     assert convert(source, "-o", out / "x y.gguf", *options, "--model-card").status == 0
     made = {path.name: path.read_bytes() for path in out.iterdir()}
     card = made["README.md"].decode()
@@ -205,7 +207,8 @@ def test_the_command_in_the_card_gives_the_same_bytes(
         path.unlink()
     again, *_, check = commands(card)
     assert again[again.index("--split-max-size") + 1] == "400K"
-    for name in (source.name, "imatrix.gguf"):
+    assert "| merged adapter | `tuned`, scale 0.3, SHA-256 `" in card
+    for name in (source.name, "imatrix.gguf", "tuned"):
         (out / name).symlink_to(tmp_path / name)
     monkeypatch.chdir(out)
     assert convert(*again[1:]).status == 0
@@ -419,6 +422,10 @@ def test_files_are_recommended_only_if_the_new_one_has_the_same_weights(
     for key in hub:
         other = {**new.keys, **hub, key: "other"}
         assert not may_be_of(other, {**new.keys, **hub}) and may_be_of(new.keys, other)
+    adapter = {
+        f"kimi_gguf.adapter.0.{key}": value for key, value in (("name", "a"), ("sha256", "b"), ("scale", 1.0))
+    }
+    assert not may_be_of(new.keys, {**new.keys, **adapter})
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), FileNotFoundError(2, "No such file")])
