@@ -128,7 +128,9 @@ def test_a_compiled_file_that_is_not_of_its_source(level: int, site: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("read", "name"), [(build.read_manifest, "manifest.json"), (doctor._record, RECORD)], ids=str
+    ("read", "name"),
+    [(build.read_manifest, "manifest.json"), (doctor._record, RECORD)],
+    ids=["manifest", "record"],
 )
 def test_no_command_waits_for_a_pipe_in_place_of_a_list(
     read: Callable[[Path], object], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
