@@ -38,7 +38,7 @@ from kimi_gguf.engine.toolchain import CORES, MAX_THREADS, cores
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.validate.errors import ValidateError
-from kimi_gguf.validate.llama import RunOptions
+from kimi_gguf.validate.llama import CACHE_TYPES, RunOptions, is_quantized
 from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.report import (
     FORMATS,
@@ -203,14 +203,20 @@ def _add_run_options(parser: argparse.ArgumentParser, subject: str) -> None:
     add("--build", "--backend", metavar="NAME", help=build)
     layers = "offload N layers to the GPU (default: all with a GPU backend, else 0)"
     number("--gpu-layers", 0, ALL_LAYERS, None, layers)
-    cache_type = "set the type of the K and V cache: F32, F16, Q8_0, ... (default: %(default)s)"
-    add("--cache-type", metavar="TYPE", default="F32", help=cache_type)
+    cache_type = f"set the type of the K and V cache: {', '.join(CACHE_TYPES)} (default: %(default)s)"
+    add("--cache-type", metavar="TYPE", type=_cache_type, default="F32", help=cache_type)
     number(
         "--batch", 1, MOST_TOKENS, 512, "pass at most N tokens to each llama_decode (default: %(default)s)"
     )
     number("--ubatch", 1, MOST_TOKENS, 512, "compute at most N tokens in each graph (default: %(default)s)")
     number("--threads", 1, MAX_THREADS, cores(), f"use N CPU threads (default: {CORES})")
     add("--quiet", action="store_true", help="print no summary on standard output")
+
+
+def _cache_type(text: str) -> str:
+    if text.upper() not in CACHE_TYPES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(CACHE_TYPES)}, found {text!r:.40}")
+    return text.upper()
 
 
 def _is_number(text: str, least: int, most: int) -> bool:
@@ -262,6 +268,7 @@ def _request(options: argparse.Namespace, gguf: Path, against: Path | None = Non
             n_ubatch=options.ubatch,
             threads=options.threads,
             cache_type=options.cache_type,
+            flash_attention=is_quantized(options.cache_type),
             n_gpu_layers=options.gpu_layers
             if options.gpu_layers is not None
             else (ALL_LAYERS if on_gpu else 0),

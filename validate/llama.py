@@ -23,6 +23,13 @@ from kimi_gguf.engine.worker import Progress, Worker
 from kimi_gguf.validate.errors import ValidateError
 
 Ids = Sequence[int] | NDArray[np.integer[Any]]
+# Of K and V, as llama.cpp's --cache-type-k has them.
+CACHE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+
+
+def is_quantized(cache_type: str) -> bool:
+    """Whether a type of cache is quantized: llama.cpp then requires flash attention."""
+    return cache_type not in ("F32", "F16", "BF16")
 
 
 class Engine(Protocol):
@@ -40,7 +47,7 @@ class RunOptions:
     n_ctx: int | None = None  # cells in total; None: as many as the sequences need
     threads: int = 1
     flash_attention: bool = False
-    cache_type: str = "F32"  # of K and V, as in ggml: F32, F16, BF16, Q8_0, Q4_0, ...
+    cache_type: str = "F32"  # one of CACHE_TYPES
     step_from: int | None = None  # from this position on, one token per sequence and llama_decode
     save_restore_at: int | None = None  # where sequences are saved, cleared and restored
     kv_unified: bool = False

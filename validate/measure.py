@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from kimi_gguf.engine.worker import Progress
-from kimi_gguf.validate.llama import Engine, LlamaRun, RunOptions, run
+from kimi_gguf.validate.llama import Engine, LlamaRun, RunOptions, is_quantized, run
 from kimi_gguf.validate.metrics import (
     Choices,
     Curves,
@@ -54,6 +54,13 @@ VARIANTS = (
     Variant("flash", "flash attention", flash_attention=True),
     Variant("quiet", "quiet probe", quiet=True),
 )
+
+
+def variants_for(cache_type: str) -> tuple[Variant, ...]:
+    """The variants that llama.cpp can run with this type of cache: a quantized one requires flash attention."""
+    if not is_quantized(cache_type):
+        return VARIANTS
+    return tuple(replace(variant, flash_attention=True) for variant in VARIANTS if variant is not PLAIN)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.gates import Evidence, judge
 from kimi_gguf.validate.llama import RunOptions, continue_greedily, pieces, tokenize
 from kimi_gguf.validate.measure import (
-    PLAIN,
     VARIANTS,
     Ids,
     Measured,
@@ -39,6 +38,7 @@ from kimi_gguf.validate.measure import (
     measure_mtp,
     noise_floor,
     truth,
+    variants_for,
 )
 from kimi_gguf.validate.probe import reference_of, write_quiet_gguf
 from kimi_gguf.validate.report import UPSTREAM, Greedy, Report, Rival, Worst
@@ -163,7 +163,10 @@ def validate(
                 reporter.phase("reference" + (", quiet probe" if quiet else ""))
                 shared.truths[key] = truth(reference_of(checkpoint, quiet, request.dtype), ids, reporter.step)
             expected[quiet] = shared.truths[key]
-    variants = [variant for variant in VARIANTS if variant.quiet in expected]
+    possible = variants_for(request.options.cache_type)
+    if possible != VARIANTS:
+        reporter.note(f"a {request.options.cache_type} cache requires flash attention: nothing else is run")
+    variants = [variant for variant in possible if variant.quiet in expected]
     with TemporaryDirectory(prefix="kimi-validate-") as folder:
         files = {False: request.gguf, True: Path(folder) / "quiet.gguf"}
         if is_f32:
@@ -188,8 +191,8 @@ def validate(
         other = request.against
 
         def run_other() -> list[Measured]:
-            reporter.phase(f"{other.name}: {PLAIN.title}")
-            found = answer(engine, other, ids, PLAIN, request.options, reporter.step)
+            reporter.phase(f"{other.name}: {variants[0].title}")
+            found = answer(engine, other, ids, variants[0], request.options, reporter.step)
             return [measure(expected[False], found)]
 
         rivals.append(_rival(provenance.readable(other.name), run_other, reporter))

@@ -70,6 +70,33 @@ def test_one_wrong_weight_gives_status_1(
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("engine")
+def test_a_quantized_cache_is_run_with_flash_attention_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp has no other attention for it; the option's case does not matter."""
+    (tmp_path / "checkpoint").mkdir()
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", Spec(rope=32))
+    convert(checkpoint, tmp_path / "model.gguf", TYPES["Q4_0"])
+    words = [str(tmp_path / "model.gguf"), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "report")]
+    assert main([*words, *SHORT, "--cache-type", "q8_0", "--against", words[0]]) == 0
+    assert "a Q8_0 cache requires flash attention: nothing else is run" in capsys.readouterr().err
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert [run["variant"]["key"] for run in report["runs"]] == ["flash"]
+    assert [run["variant"]["key"] for rival in report["rivals"] for run in rival["runs"]] == ["flash"]
+
+
+@pytest.mark.parametrize("kind", ["Q9", "I8", "F64", "Q4_K", ""])
+def test_a_type_that_no_cache_has_is_refused_at_once(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["absent.gguf", "--checkpoint", "absent", "--cache-type", kind])
+    assert (
+        f"--cache-type: expected one of F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0, IQ4_NL, found {kind!r}"
+        in (capsys.readouterr().err)
+    )
+
+
+@pytest.mark.engine
 def test_given_ids_are_compared_as_they_are(
     gguf: Path, checkpoint: Path, engine: Engine, tmp_path: Path
 ) -> None:
