@@ -26,6 +26,7 @@ from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.folder_lock import folder_lock
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.split_names import place_in_set
+from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.validate import provenance
 from kimi_gguf.validate.card import SIZE_PLOT, CardFile, card_text, draw_plots
 from kimi_gguf.validate.errors import ValidateError
@@ -46,7 +47,8 @@ def models_of(folder: Path) -> list[Path]:
     if not folder.is_dir():
         found = kind_of(folder) if folder.exists() else "nothing"
         raise ValidateError(f"{folder}: expected a folder of GGUF files", found=found)
-    models = models_in(folder)
+    others = other_kinds(folder)
+    models = [path for path in models_in(folder) if path not in others]
     if not models:
         todo = f"convert the checkpoint first: convert-kimi CHECKPOINT -o {folder / 'NAME.gguf'} --type Q8_0"
         raise ValidateError(f"{folder}: expected GGUF files, found none", todo=todo)
@@ -58,6 +60,16 @@ def models_of(folder: Path) -> list[Path]:
                 todo="put all splits into the folder, or remove this one",
             )
     return models
+
+
+def other_kinds(folder: Path) -> dict[Path, str]:
+    """GGUF files of a folder that are no models, and what they are: "imatrix", "adapter", "mmproj". Damaged files are
+    not among them."""
+    kinds = {}
+    for path in models_in(folder) if folder.is_dir() else ():
+        with suppress(KimiError, OSError), open_gguf(path) as file:
+            kinds[path] = str(file.keys.get("general.type", "model"))
+    return {path: kind for path, kind in kinds.items() if kind != "model"}
 
 
 def stamps_in(folder: Path) -> dict[str, str]:

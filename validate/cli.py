@@ -388,6 +388,7 @@ def _card(words: Sequence[str]) -> int:
             check_licences,
             check_unchanged,
             models_of,
+            other_kinds,
             stamps_in,
             write_card,
         )
@@ -395,6 +396,11 @@ def _card(words: Sequence[str]) -> int:
 
         found = stamps_in(options.folder)
         paths = models_of(options.folder)
+        for path, kind in other_kinds(options.folder).items():
+            print(
+                f"{PROGRAM}: note: {path.name} is left out: it is no model ({printable(kind):.40})",
+                file=sys.stderr,
+            )
         check_card_place(options.folder, paths, options.force, options.checkpoint)
         requests = [_request(options, path) for path in paths]
         for path in paths:  # before the first of them is validated, which takes long

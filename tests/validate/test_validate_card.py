@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from gguf import GGUFWriter
 from markdown_it import MarkdownIt
@@ -377,6 +378,27 @@ def card_file(
     run = replace(report.headline, all=replace(report.headline.all, kld_mean=kld))
     report = replace(report, name=name, bytes=size, passed=passed, runs=[run])
     return CardFile(Path(name), KEYS | keys, elements={"Q8_0": 90, "F32": 10}, report=report)
+
+
+def test_gguf_files_that_are_no_models_are_left_out(tmp_path: Path) -> None:
+    """Importances, adapters and vision parts may be published in the same folder."""
+    for kind in ("imatrix", "adapter", "mmproj", "model", None):
+        writer = GGUFWriter(tmp_path / f"{kind}.gguf", "kimi-linear")
+        if kind is not None:
+            writer.add_type(kind)
+        writer.add_tensor("x", np.zeros(4, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
+    assert [path.name for path in card_files.models_of(tmp_path)] == [
+        "None.gguf",
+        "damaged.gguf",
+        "model.gguf",
+    ]
+    kinds = {path.name: kind for path, kind in card_files.other_kinds(tmp_path).items()}
+    assert kinds == {f"{kind}.gguf": kind for kind in ("adapter", "imatrix", "mmproj")}
 
 
 def test_a_file_is_recommended_if_no_smaller_one_is_as_good() -> None:
