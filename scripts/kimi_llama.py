@@ -87,6 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(parsed: argparse.Namespace) -> int:
+    if words := os.environ.get("CMAKE_ARGS"):
+        raise UsageError(
+            "CMAKE_ARGS",
+            expected="settings as options of this command: -D NAME=VALUE; --backend for a GPU",
+            found=f"{words!r:.100}",
+            todo="unset it, so that no build has settings that its name does not show",
+        )
     engine = ensure(
         parsed.upstream, parsed.backend, tests=parsed.tests, source=parsed.source, archive=parsed.archive,
         defines=tuple(parsed.defines),

@@ -32,11 +32,13 @@ _MOST_OF_MEMORY = 0.75  # weights up to this share of the available memory are l
 
 @dataclass(frozen=True)
 class Default:
-    """Arguments that are added unless the caller gives one of the options. note: when they are, for the help."""
+    """Arguments that are added unless the caller gives one of the options, or sets llama.cpp's variable for it. note:
+    when they are, for the help."""
 
     options: tuple[str, ...]
     arguments: tuple[str, ...]
     note: str = ""
+    variable: str = ""
 
     def __str__(self) -> str:
         note = f"  ({self.note})" if self.note else ""
@@ -83,26 +85,32 @@ class Tool:
         return replace(self, defaults=tuple(each for each in self.defaults if each is not default))
 
 
-_THREADS = Default(("-t", "--threads"), ("--threads", "{cores}"))
-_FLASH = Default(("-fa", "--flash-attn"), ("--flash-attn", "auto"))
-_JINJA = Default(("--jinja", "--no-jinja"), ("--jinja",))
+_THREADS = Default(("-t", "--threads"), ("--threads", "{cores}"), variable="LLAMA_ARG_THREADS")
+_FLASH = Default(("-fa", "--flash-attn"), ("--flash-attn", "auto"), variable="LLAMA_ARG_FLASH_ATTN")
+_JINJA = Default(("--jinja", "--no-jinja"), ("--jinja",), variable="LLAMA_ARG_JINJA")
 _NO_CONVERSATION = Default(("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
 _QUIET = Default(  # only text and warnings: no list of the model's metadata and tensors
     ("-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-verbose"),
     ("--verbosity", "2"),
+    variable="LLAMA_ARG_LOG_VERBOSITY",
 )
 _ERRORS = replace(
     _QUIET, arguments=("--verbosity", "1")
 )  # llama-tokenize loads no weights: its warnings are of those
 # Prompts of one user: LATENT_ATTN expands the cache once per ubatch. Not for servers, where the other slots wait for a
 # ubatch and states are saved every n_ubatch tokens. Not on GPUs, where it was not measured.
-_UBATCH = Default(("-ub", "--ubatch-size"), ("--ubatch-size", "2048"), "patched CPU builds")
+_UBATCH = Default(
+    ("-ub", "--ubatch-size"), ("--ubatch-size", "2048"), "patched CPU builds", variable="LLAMA_ARG_UBATCH"
+)
 # Weights in memory instead of a mapped file: a token takes less time, loading takes longer.
 _IN_MEMORY = Default(
     ("-lm", "--load-mode"),
     ("--load-mode", "none"),
     f"CPU builds on Linux, for weights of at most {_MOST_OF_MEMORY:.0%} of the available memory",
+    variable="LLAMA_ARG_LOAD_MODE",
 )
+# Options of earlier versions of llama.cpp, which --load-mode replaced.
+_MMAP, _NO_MMAP, _MLOCK, _DIRECT = "--mmap", "--no-mmap", "--mlock", "--direct-io"
 # Where `run` has its prompt from; the last three pairs read it from the terminal.
 _PROMPT = {
     "-p", "--prompt", "-f", "--file", "-bf", "--binary-file",
@@ -291,7 +299,7 @@ def _expect_to_run(engine: Engine) -> None:
 
 def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     """The program and its arguments: the model, defaults that the caller did not set, the caller's own."""
-    given = ["--rpc" if word == WORKERS else word for word in given]
+    given = ["--rpc" if word == WORKERS else word for word in _with_load_mode(given)]
     options = _options(given)
     program, defaults = tool.program, tool.defaults
     if tool.drafted is not None and options & {*_DRAFT, _KIND}:
@@ -300,16 +308,28 @@ def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     added = [
         word.format(cores=cores())
         for default in defaults
-        if not options & set(default.options)
+        if not options & set(default.options) and not os.environ.get(default.variable)
         for word in default.arguments
     ]
     return [program, "--model", str(model), *added, *given]
 
 
+def _with_load_mode(given: Sequence[str]) -> list[str]:
+    """The arguments with --load-mode in place of the options that it replaced."""
+    old = {word for word in given if word in (_MMAP, _NO_MMAP, _MLOCK, _DIRECT)}
+    if not old:
+        return list(given)
+    mode = "mlock" if _NO_MMAP in old else "mmap+mlock"
+    if _MLOCK not in old:
+        mode = "dio" if _DIRECT in old else "none" if _NO_MMAP in old else "mmap"
+    return ["--load-mode", mode, *(word for word in given if word not in old)]
+
+
 def defaults_help(tool: Tool) -> str:
     """The tool's defaults, a line each, for its help."""
     lines = [f"  {default}" for default in tool.defaults]
-    return "\n".join([f"{tool.program} gets, unless you give the option:", *lines, "", ""]) if lines else "\n"
+    head = f"{tool.program} gets, unless you give the option, or set llama.cpp's variable for it (LLAMA_ARG_...):"
+    return "\n".join([head, *lines, "", ""]) if lines else "\n"
 
 
 def fits_memory(model: Path) -> bool:

@@ -195,6 +195,60 @@ def test_what_the_caller_sets_is_not_set_again(built: Path) -> None:
     assert words == ["--model", str(built / "model.gguf"), "-t", "1", "-cnv", "-fa=on", "-v", "-ub", "64"]
 
 
+@pytest.mark.parametrize(
+    ("command", "variable", "option"),
+    [
+        ("run", "LLAMA_ARG_THREADS", "--threads"),
+        ("run", "LLAMA_ARG_UBATCH", "--ubatch-size"),
+        ("chat", "LLAMA_ARG_JINJA", "--jinja"),
+        ("serve", "LLAMA_ARG_FLASH_ATTN", "--flash-attn"),
+        ("serve", "LLAMA_ARG_LOAD_MODE", "--load-mode"),
+    ],
+)
+def test_variables_of_llama_cpp_come_before_the_defaults(
+    command: str, variable: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their text in llama.cpp's help says that they exist."""
+    tool = llama_tools.TOOLS[command]
+    assert option in llama_tools.tool_command(tool, Path("model.gguf"), ())
+    monkeypatch.setenv(variable, "1")
+    assert option not in llama_tools.tool_command(tool, Path("model.gguf"), ())
+
+
+@pytest.mark.engine
+def test_the_variables_of_the_defaults_are_llama_cpp_s(engine: Engine) -> None:
+    command = [engine.bin / "llama-server", "--help"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    defaults = {
+        default for tool in llama_tools.TOOLS.values() for default in tool.defaults if default.variable
+    }
+    assert len(defaults) > 4
+    assert [default for default in defaults if f"env: {default.variable})" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        (["--no-mmap"], "none"),
+        (["--mmap"], "mmap"),
+        (["--mlock"], "mmap+mlock"),
+        (["--no-mmap", "--mlock"], "mlock"),
+        (["--direct-io"], "dio"),
+    ],
+)
+def test_options_that_load_mode_replaced_are_translated(given: list[str], mode: str) -> None:
+    words = llama_tools.tool_command(llama_tools.TOOLS["serve"], Path("model.gguf"), ["-c", "64", *given])
+    assert words[-4:] == ["--load-mode", mode, "-c", "64"] and words.count("--load-mode") == 1
+
+
+def test_settings_in_a_variable_are_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on")
+    told = call(built, "build")
+    assert (
+        told.returncode == 2 and "-D NAME=VALUE; --backend for a GPU, found '-DGGML_CUDA=on'" in told.stderr
+    )
+
+
 def test_prompts_of_one_user_are_evaluated_in_long_ubatches(built: Path) -> None:
     """Not those of a server's slots, which wait for each other, and not upstream's, which are slower with them."""
 
