@@ -16,6 +16,7 @@ from kimi_gguf.convert.card.new import Reporting, new_card
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, load_vocab
+from kimi_gguf.convert.model.generation import GENERATION
 from kimi_gguf.convert.model.vocab_files import TOKENIZER, read_text
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
@@ -90,7 +91,7 @@ def convert(
     options = options or Options()
     with open_merged(source, options.adapters, options.mtp) as checkpoint:
         pace = Pace.within(options.max_memory, elsewhere=checkpoint.own_bytes)
-        inputs = [*checkpoint.files, *(checkpoint.folder / name for name in (*TOKENIZER, CARD))]
+        inputs = [*checkpoint.files, *(checkpoint.folder / name for name in (*TOKENIZER, GENERATION, CARD))]
         inputs += [file for file in (options.imatrix, options.chat_template) if file]
         inputs += [file for folder, _ in options.adapters for file in folder.iterdir()]
         plan = _plan(checkpoint, wanted, options)

@@ -16,6 +16,7 @@ from typing import Final
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, outputs
+from kimi_gguf.convert.model.generation import read_generation
 from kimi_gguf.convert.model.gguf_key import Key
 from kimi_gguf.convert.model.metadata import adapter_keys, metadata
 from kimi_gguf.convert.model.tensor_table import Output, PlannedTensor
@@ -32,9 +33,6 @@ from kimi_gguf.engine.tensor_names import layer_of, without_layer
 from kimi_gguf.engine.tensor_types import BF16, F16, F32, TENSOR_TYPES, TensorType, Values
 
 EMBEDDING: Final = "token_embd.weight"  # not in importance matrices: no matmul reads it
-
-# Tokens at which llama.cpp always stops, independent of the metadata.
-_ALWAYS_STOP: Final = frozenset({"<|im_end|>", "[EOS]", "[EOT]", "<|endoftext|>"})
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ def make_plan(
     """Plan the model called `name` in its metadata, in files of at most `split_max_size` bytes. Reads no weights.
     Raises `ConvertError`."""
     config = checkpoint.config
-    _check_end_tokens(checkpoint, vocab)
+    generation = read_generation(checkpoint.folder, config, vocab)
+    vocab = generation.vocab
     every = sorted(outputs(config), key=in_file_order)
     chosen = choose_types(config, every, request, importances is not None)
     kinds = [chosen[output.name] or _kept(checkpoint, output) for output in every]
@@ -110,11 +109,13 @@ def make_plan(
     origin = read_origin(checkpoint.folder, checkpoint.folder / CONFIG, checkpoint.headers_hash())
     keys = (
         *metadata(config, vocab, request.file_type, name, importances, origin, quantized_by),
+        *generation.keys,
         *adapter_keys(checkpoint.merged),
     )
     found = (
         _notes(checkpoint, request, tensors),
         vocab.notes,
+        generation.notes,
         _packed_notes(checkpoint, tensors),
         _template_notes(config, vocab),
     )
@@ -130,17 +131,6 @@ def _kept(checkpoint: Checkpoint, output: Output) -> TensorType:
     ):
         return F32
     return BF16
-
-
-def _check_end_tokens(checkpoint: Checkpoint, vocab: Vocab) -> None:
-    for token_id in checkpoint.config.more_eos_token_ids:
-        if vocab.tokens[token_id] not in _ALWAYS_STOP:
-            raise ConvertError(
-                f"{checkpoint.folder / CONFIG}: eos_token_id: token {token_id} "
-                f"({vocab.tokens[token_id]!r}) cannot be an additional end token: GGUF stores only "
-                f"one, and llama.cpp adds only {', '.join(sorted(_ALWAYS_STOP))}",
-                todo="list one token",
-            )
 
 
 def _check_importances(tensors: list[PlannedTensor], importances: Importances) -> None:

@@ -20,6 +20,7 @@ from kimi_gguf.convert.adapter.merge import open_merged
 from kimi_gguf.convert.conversion import ProgressDisplay, read_template, silent
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.families import load_vocab, outputs
+from kimi_gguf.convert.model.generation import read_generation
 from kimi_gguf.convert.model.gguf_key import Value
 from kimi_gguf.convert.model.metadata import ADAPTER, adapter_keys, metadata
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
@@ -73,6 +74,7 @@ def verify(
         vocab = load_vocab(checkpoint.folder, checkpoint.config)
         if chat_template is not None:
             vocab = replace(vocab, chat_template=read_template(chat_template, checkpoint.config))
+        vocab = read_generation(checkpoint.folder, checkpoint.config, vocab).vocab
         with display(plan) as report:
             wrong_tensors = tuple(_differences(file, checkpoint, plan, pace, report))
         checkpoint.check_unchanged()

@@ -180,6 +180,7 @@ def tokenizer_keys(vocab: Vocab) -> Iterator[Key]:
         ("bos", vocab.bos_id),
         ("eos", vocab.eos_id),
         ("eot", vocab.eot_id),
+        ("eom", vocab.eom_id),
         ("padding", vocab.pad_id),
         ("unknown", vocab.unk_id),
     )

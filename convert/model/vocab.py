@@ -44,6 +44,7 @@ class Vocab:
     chat_template: str | None
     pre: str  # llama.cpp's name of the split pattern, tokenizer.ggml.pre
     add_bos: bool = False  # whether a text starts with bos
+    eom_id: int | None = None  # a third token that ends an answer
     notes: tuple[str, ...] = ()  # what llama.cpp does differently from the checkpoint's tokenizer
 
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, hub_shapes, places_of, read_config
+from kimi_gguf.convert.model.generation import GENERATION
 from kimi_gguf.convert.model.layouts import Place
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
@@ -329,7 +330,7 @@ def _on_disk(path: Path) -> _Root:
 
 
 def _on_hub(id: HubId) -> _Root:
-    hub = open_repository(id, (CONFIG, INDEX, CARD, *TOKENIZER))
+    hub = open_repository(id, (CONFIG, INDEX, CARD, GENERATION, *TOKENIZER))
     single, index = _weights(hub.path, hub.names)
     weight_map = _weight_map(hub.folder / index) if index else {}
     return _Root(

@@ -93,7 +93,7 @@ HUB_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
     ("end token out of range", put(eos_token_id=530), ["eos_token_id", "530"]),
     ("padding token out of range", put(pad_token_id=530), ["pad_token_id", "530"]),
     ("begin token out of range", put(bos_token_id=-1), ["bos_token_id", "-1"]),
-    ("end token that only a key could name", put(eos_token_id=[276, 5]), ["eos_token_id", "5", "one token"]),
+    ("too many end tokens", put(eos_token_id=[276, 5, 6]), ["eos_token_id", "5", "GGUF names three"]),
     ("tied as text", put(tie_word_embeddings="yes"), ["tie_word_embeddings", "'yes'"]),
 ]
 NATIVE_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
