@@ -8,12 +8,13 @@ that is not an object.
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.file_kind import kind_of
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_BYTES = 64 << 20  # a tokenizer.json has about 20 MB
 MAX_INDEX_BYTES = 256 << 20  # a shard index of half a million tensors has 60 MB
 
@@ -36,7 +37,7 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
 
     try:
         if isinstance(text, bytes):
-            text = text.decode("utf-8")
+            text = text.decode("utf-8-sig")  # editors on Windows begin a file with a byte order mark
         value = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -66,7 +67,16 @@ def read_small_file(path: Path, most: int = MAX_BYTES) -> bytes:
         raise ConvertError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > most:
         raise ConvertError(path, expected=f"at most {most >> 20} MiB", found="a larger file")
+    check_not_pointer(data, path)
     return data
+
+
+def check_not_pointer(data: bytes, path: PurePath) -> None:
+    """Raise `ConvertError` if a file that begins with these bytes is a Git LFS pointer instead of the file."""
+    if data.startswith(_LFS_POINTER):
+        raise ConvertError(
+            f"{path}: is a Git LFS pointer", todo="fetch the file that it stands for: git lfs pull"
+        )
 
 
 def read_object(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:

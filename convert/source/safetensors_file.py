@@ -23,7 +23,7 @@ import numpy.typing as npt
 from kimi_gguf.convert.errors import ConvertError, ReadError
 from kimi_gguf.convert.source import mxfp4
 from kimi_gguf.convert.source.byte_source import Source
-from kimi_gguf.convert.source.json_file import parse_object
+from kimi_gguf.convert.source.json_file import check_not_pointer, parse_object
 
 MAX_HEADER_BYTES: Final = 100_000_000
 _MAX_DIMENSIONS: Final = 8
@@ -149,6 +149,9 @@ class SafetensorsFile:
         self.source.read_into(memoryview(prefix), 0, "the header's length")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(size - 8, MAX_HEADER_BYTES):
+            begin = bytearray(min(size, 64))
+            self.source.read_into(memoryview(begin), 0, "the first bytes")
+            check_not_pointer(bytes(begin), self.path)
             raise ConvertError(
                 f"{self.path}: header length",
                 expected=f"at most {min(size - 8, MAX_HEADER_BYTES)} bytes",
