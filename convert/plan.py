@@ -6,6 +6,7 @@ size of the file; or `ConvertError`.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from kimi_gguf.convert.source.checkpoint import CONFIG, Checkpoint
 from kimi_gguf.convert.source.origin import read_origin
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.imatrix import Importances
-from kimi_gguf.convert.types.mixes import TypeRequest, choose_types, needs_importances
+from kimi_gguf.convert.types.mixes import RECIPES, TypeRequest, choose_types, needs_importances
 from kimi_gguf.engine.gguf import GgufTensor
 from kimi_gguf.engine.split_names import place_in_set, split_paths
 from kimi_gguf.engine.tensor_names import layer_of, without_layer
@@ -119,7 +120,11 @@ def make_plan(
         _packed_notes(checkpoint, tensors),
         _template_notes(config, vocab),
     )
-    notes = (*(note for each in found for note in each), *_blind_spots(tensors, importances))
+    notes = (
+        *(note for each in found for note in each),
+        *_blind_spots(tensors, importances),
+        *_unmatched(request, every),
+    )
     plan = Plan(request, keys, tuple(tensors), notes, importances, split_max_size)
     return replace(plan, notes=(*notes, *_size_notes(plan)))
 
@@ -251,6 +256,15 @@ def _template_notes(config: ModelConfig, vocab: Vocab) -> Iterator[str]:
             f"the checkpoint has no chat template: get {template}, and convert with --chat-template FILE or run "
             "llama.cpp with --chat-template-file FILE"
         )
+
+
+def _unmatched(request: TypeRequest, every: Iterable[Output]) -> Iterator[str]:
+    """A note about the user's patterns that match no tensor; those of recipes are for all families."""
+    of_recipes = {pattern for recipe in RECIPES.values() for pattern, _ in recipe.overrides}
+    names = [output.name for output in every]
+    own = [pattern for pattern, _ in request.overrides if pattern not in of_recipes]
+    if alone := [pattern for pattern in own if not any(re.search(pattern.lower(), name) for name in names)]:
+        yield f"--tensor-type: no tensor matches {', '.join(map(repr, alone))}"
 
 
 def _size_notes(plan: Plan) -> Iterator[str]:

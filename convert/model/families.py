@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model import kimi_k3, kimi_linear, ling3
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.config_keys import Keys
@@ -40,7 +41,13 @@ def read_config(source: str | bytes | Mapping[str, Any], where: str) -> ModelCon
     family = _BY_MODEL_TYPE.get(model) if isinstance(model, str) else None
     expected = " or ".join(repr(name) for name in _BY_MODEL_TYPE)
     if family is None:
-        raise keys.fail("model_type", expected, model, "no other model is supported")
+        why = "the other models of llama.cpp, without KDA, are converted by its convert_hf_to_gguf.py"
+        raise keys.fail("model_type", expected, model, why)
+    if isinstance(data.get("quantization"), dict):
+        raise ConvertError(
+            f"{where}: quantization: is an MLX conversion",
+            todo="convert the checkpoint that it was made from",
+        )
     return family.read_config(keys)
 
 

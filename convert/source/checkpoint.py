@@ -10,6 +10,7 @@ No code of the checkpoint is run: no pickle, and no Python file in its folder.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ CONFIG: Final = "config.json"
 _FEW_TENSORS: Final = 21_000  # whose memory is not counted
 _TENSOR_BYTES: Final = 1200  # memory of each further one, measured with half a million
 WINDOW_BYTES: Final = 7 << 20  # of a tensor in MXFP4 that are prefetched together; less than a request
+_OF_PEFT: Final = re.compile(r"\.(base_layer|lora_[AB])\.")
 _NO_PICKLES: Final = (
     "pickled weights run code when they are read, so they are refused; save the checkpoint as safetensors"
 )
@@ -406,6 +408,12 @@ def _resolve(
     resolved: dict[str, Place] = {}
     family = family_of(config)
     head, embedding = family.table.head.hub, family.table.embedding.hub
+    for stored, file in where.items():
+        if _OF_PEFT.search(stored):
+            raise ConvertError(
+                f"{file}: {stored!r} is of an unmerged PEFT state",
+                todo="merge it (merge_and_unload) and save the model, or save the adapter alone (save_pretrained)",
+            )
     for name, shape in shapes.items():
         candidates = places_of(config, name, shape)
         found = [place for place in candidates if place.stored in where]
