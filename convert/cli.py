@@ -142,7 +142,8 @@ def _failed(message: str, as_json: bool) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        usage=f"{PROGRAM} SRC -o OUT [options]\n       {PROGRAM} verify OUT --checkpoint SRC [--imatrix FILE]\n"
+        usage=f"{PROGRAM} SRC -o OUT [options]\n       {PROGRAM} ADAPTER -o OUT --base CHECKPOINT [--type T]\n"
+        f"       {PROGRAM} verify OUT --checkpoint SRC [--imatrix FILE]\n"
         f"       {PROGRAM} inspect PATH [--context N]",
         description="Convert a model with KDA (Kimi-Linear, Ling 3, Kimi K3) to GGUF without running its code.",
         epilog=EXAMPLES,

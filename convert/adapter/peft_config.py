@@ -80,6 +80,16 @@ def _first(patterns: Mapping[str, float], names: tuple[str, ...], default: float
 def read_peft_config(folder: Path) -> PeftConfig:
     """The config in the folder of an adapter. Raises `ConvertError`."""
     file = folder / CONFIG
+    if not file.exists():
+        raise ConvertError(
+            f"{folder}: is not the folder of a PEFT adapter",
+            expected=f"a folder with {CONFIG} and adapter_model.safetensors",
+            found="a file"
+            if folder.is_file()
+            else "no such folder"
+            if not folder.exists()
+            else f"no {CONFIG}",
+        )
     data = read_object(file)
     kind = data.get("peft_type")
     if kind != "LORA":

@@ -189,6 +189,19 @@ def test_a_merged_file_has_the_bytes_of_a_conversion_of_the_merged_checkpoint(
     ]  # fmt: skip
 
 
+def test_what_is_no_adapter_is_named(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, found in (
+        ("absent", "no such folder"),
+        ("base", "no adapter_config.json"),
+        ("base/config.json", "a file"),
+    ):
+        words = [str(small / "base"), "-o", str(tmp_path / "out.gguf"), "--adapter", str(small / path)]
+        assert cli.main(words) == 1
+        error = capsys.readouterr().err
+        assert f"{small / path}: is not the folder of a PEFT adapter: expected a folder with" in error
+        assert f"found {found}" in error
+
+
 def test_an_adapter_that_is_not_always_active_cannot_be_merged(small: Path, tmp_path: Path) -> None:
     shutil.copytree(small / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_config.json"
