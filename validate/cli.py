@@ -88,7 +88,7 @@ examples:
   validate-kimi card hub --checkpoint Kimi-Linear-48B-A3B-Instruct
       validate all files in hub/ and write hub/README.md, a model card with table and plots
   validate-kimi show report/report.json older/report.json
-      print the figures of reports, also of those that earlier versions wrote
+      print the figures of reports
 
 exit status: 0 all gates passed; 1 a gate failed; 2 bad input; 130 interrupted.
 """
@@ -435,7 +435,7 @@ def _card(words: Sequence[str]) -> int:
 def _show_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} show",
-        description="Print the figures of reports that this version or an earlier one wrote.",
+        description="Print the figures of reports.",
     )
     parser.add_argument("reports", metavar="REPORT", type=Path, nargs="+", help="a report.json")
     return parser
