@@ -206,7 +206,7 @@ def test_the_same_choice_is_the_same_file_and_is_made_once(
     first = path.read_bytes()
     path.unlink()
     assert generate(tiny(), upstream, Silent()).read_bytes() == first
-    monkeypatch.setattr(models, "write", None)  # it exists already: nothing is written
+    monkeypatch.setattr(models, "writing", None)  # it exists already: nothing is written
     assert generate(tiny(), upstream, Silent()) == path
 
 
