@@ -18,8 +18,8 @@ from kimi_gguf.bench.ab_run import Runners
 from kimi_gguf.bench.cells import PATCHED, Cell
 from kimi_gguf.bench.models import ModelFile
 from kimi_gguf.bench.roofline import demand
+from kimi_gguf.engine.limits import available_memory
 from kimi_gguf.engine.progress import Reporter
-from kimi_gguf.engine.toolchain import available_memory
 
 SEED = 1024  # tokens of the state that is repeated
 DEPTHS = (4096, 16384, 65536, 262144, 524288)

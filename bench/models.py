@@ -28,8 +28,8 @@ from kimi_gguf.engine.builds import Engine, cache_folder
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import check_gguf, damaged
+from kimi_gguf.engine.limits import available_memory
 from kimi_gguf.engine.progress import Reporter
-from kimi_gguf.engine.toolchain import available_memory
 
 GIB = 2**30
 _TYPE_NAMES = {kind.number: name for name, kind in FILE_TYPES.items()}

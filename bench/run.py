@@ -50,8 +50,9 @@ from kimi_gguf.engine.addresses import addresses
 from kimi_gguf.engine.build_spec import CPU_BACKENDS
 from kimi_gguf.engine.builds import Engine, ensure, exists_or_compiles, options_of, select
 from kimi_gguf.engine.errors import EngineError, UsageError
+from kimi_gguf.engine.limits import available_memory
 from kimi_gguf.engine.progress import Reporter, reporting
-from kimi_gguf.engine.toolchain import available_memory, cores
+from kimi_gguf.engine.toolchain import cores
 
 DEMO_TYPES = ("Q8_0", "BF16")
 EQUAL_TYPES = ("F32", "BF16", "Q8_0", "Q4_K_M", "Q4_0")  # of --equal-requests

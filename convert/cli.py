@@ -214,7 +214,7 @@ def _add_adapters(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def _add_max_memory(parser: argparse.ArgumentParser) -> None:
-    text = "limit the memory of the process, for example 700M or 1.5G (default: no limit)"
+    text = "limit the memory of the process, for example 700M or 1.5G (default: what is available)"
     parser.add_argument("--max-memory", metavar="SIZE", type=_memory_size, help=text)
 
 

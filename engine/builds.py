@@ -202,6 +202,7 @@ def ensure(
     """
     spec = make_build_spec(upstream, backend, source, defines)
     cache = Cache(cache_folder())
+    _check_runs_programs(cache.root)
     folder = cache.engines / spec.key
     engine = load(folder)
     if engine is None or (tests and not engine.tests):
@@ -210,6 +211,18 @@ def ensure(
         engine = load(folder)
         assert engine is not None, folder
     return engine
+
+
+def _check_runs_programs(folder: Path) -> None:
+    """Raise `EngineError` if the file system of `folder`, or of its first parent that exists, runs no programs."""
+    present = next(path for path in (folder, *folder.parents) if path.exists())
+    if os.statvfs(present).f_flag & getattr(os, "ST_NOEXEC", 0):
+        raise EngineError(
+            folder,
+            expected="a file system that runs programs",
+            found="one that is mounted noexec",
+            todo="set KIMI_GGUF_CACHE to a folder on another file system, or mount this one with exec",
+        )
 
 
 def exists_or_compiles(upstream: bool, backend: str, defines: tuple[tuple[str, str], ...]) -> bool:
@@ -251,6 +264,7 @@ def select(name: str | None = None, upstream: bool = False, make: bool = True) -
     """The build that runs, as in `find`. If the default one does not exist and `make` allows it, it is made now."""
     engine = find(name, upstream)
     if engine is not None:
+        _check_runs_programs(engine.folder)
         return engine
     wanted, origin = _wanted(name, upstream)
     if not make or wanted != DEFAULT:

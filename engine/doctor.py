@@ -24,6 +24,7 @@ from typing import Any
 
 from kimi_gguf.engine.builds import PREBUILT, SHORT_KEY, Engine, builds, cache_folder, prebuilt, select
 from kimi_gguf.engine.errors import EngineError, install
+from kimi_gguf.engine.limits import memory, processors
 from kimi_gguf.engine.toolchain import cores, find_compilers, packaged_tool
 from kimi_gguf.engine.wheel import record_hash
 from kimi_gguf.patches.errors import KimiError
@@ -246,13 +247,17 @@ def _expect_own(engine: Engine, loaded: list[str], who: str) -> None:
 
 
 def _machine() -> list[Check]:
+    room = memory()
     checks = [
         _tool("C++ compiler", lambda: find_compilers("cpu")["C++"].version),
         _tool("cmake", lambda: packaged_tool("cmake")),
         _tool("ninja", lambda: packaged_tool("ninja")),
         _ccache(),
         _cuda_toolkit(),
-        Check("processors", True, str(cores())),
+        Check("threads", True, f"{cores()} ({processors().source})"),
+        Check(
+            "memory", True, f"{room.value / 2**30:.1f} GiB available ({room.source})" if room else "unknown"
+        ),
     ]
     installed = importlib.util.find_spec("llama_cpp")
     if installed is not None and installed.origin is not None:

@@ -1,11 +1,10 @@
-"""Compilers, CMake, Ninja, and the processor and memory of this machine.
+"""Compilers, CMake, Ninja, and the processor of this machine.
 
 Input: the environment. Output: paths and versions, or an error that says how to install what is missing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_gguf.engine.errors import EngineError, install
+from kimi_gguf.engine.limits import processors
 
 # Variables that change what CMake, the compilers, the assembler and the linker make of the same sources and options:
 # those of every build, and those of builds for one backend.
@@ -35,7 +35,8 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "vulkan": ("VULKAN_SDK",),
 }  # fmt: skip
 MAX_THREADS = 512  # GGML_MAX_N_THREADS in ggml.h
-CORES = "the processors that this process may use; on a Mac the fast ones"  # of cores(), in help texts
+# Of cores(), in help texts.
+CORES = "the processors that this process may use, by affinity and quota; on a Mac the fast ones"
 _PROGRAMS = {"": ("CC", "CXX"), "cuda": ("CUDACXX",)}  # variables that name a compiler, maybe with flags
 _COMPILER_ADVICE = {
     "linux": "install one: apt install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora)",
@@ -136,23 +137,6 @@ def cpuinfo(*names: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
 
 
-def available_memory() -> int | None:
-    """Bytes that this process may allocate, also within its container's limit; None if the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        (group / "memory.max", group / "memory.current"),
-        (group / "memory/memory.limit_in_bytes", group / "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such controller, or "max"
-            free.append(int(limit.read_text()) - int(used.read_text()))
-    return min(free, default=None)
-
-
 def sysctl(name: str) -> str:
     """A fact about a Mac; empty on other systems, or if the Mac does not have it."""
     if sys.platform != "darwin":
@@ -168,7 +152,7 @@ def cores() -> int:
     """
     if fast := sysctl("hw.perflevel0.physicalcpu"):
         return int(fast)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return processors().value
 
 
 def _find(language: str, variable: str, names: tuple[str, ...]) -> Compiler:

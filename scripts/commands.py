@@ -63,6 +63,15 @@ def _run(load: Callable[[], Callable[[], int]]) -> int:
             import signal
 
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C while Python ends
+    except MemoryError:
+        from pathlib import Path
+
+        from kimi_gguf.engine.limits import memory
+
+        limit = memory()
+        room = f": {limit.value >> 20} MiB are available ({limit.source})" if limit else ""
+        print(f"{Path(sys.argv[0]).name}: error: out of memory{room}; raise the limit", file=sys.stderr)
+        return 2  # of validate-kimi, 1 is a gate that failed
     except KeyboardInterrupt:
         return 130  # engine.interrupts.INTERRUPTED, which may not be imported yet
     except BrokenPipeError:

@@ -7,6 +7,7 @@ name when it is complete, and `run` without a prompt, to say what is missing if 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -20,13 +21,20 @@ from kimi_gguf.engine.addresses import addresses
 from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.builds import Engine, select
 from kimi_gguf.engine.errors import EngineError, UsageError
+from kimi_gguf.engine.gguf import GgufError, GgufModel
 from kimi_gguf.engine.gguf_check import check_mtp, check_tokenizer, check_whole, may_begin_text
 from kimi_gguf.engine.hidden_output import check_outputs, run_for_output
 from kimi_gguf.engine.interrupts import exit_status
+from kimi_gguf.engine.limits import available_memory
 from kimi_gguf.engine.split_names import place_in_set
-from kimi_gguf.engine.toolchain import available_memory, cores
+from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.patches.errors import KimiError
 
+# Lengths of ubatches, the first one that takes at most a quarter of the available memory; the last one is llama.cpp's.
+_UBATCHES = (2048, 1024, 512)
+# Bytes for a token of a ubatch: its row of the mask per token of the context (F16), and the graph's tensors and
+# activations (computed: 40 nodes of 20 KB in ggml_backend_sched, 0.2 MiB of activations of the 48B).
+_MASK, _GRAPH = 2, 1 << 20
 _MOST_OF_MEMORY = 0.75  # weights up to this share of the available memory are loaded into memory
 
 
@@ -42,7 +50,7 @@ class Default:
 
     def __str__(self) -> str:
         note = f"  ({self.note})" if self.note else ""
-        return " ".join(self.arguments).format(cores="CORES") + note
+        return " ".join(self.arguments).format(cores="CORES", ubatch="N") + note
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,10 @@ _ERRORS = replace(
 # Prompts of one user: LATENT_ATTN expands the cache once per ubatch. Not for servers, where the other slots wait for a
 # ubatch and states are saved every n_ubatch tokens. Not on GPUs, where it was not measured.
 _UBATCH = Default(
-    ("-ub", "--ubatch-size"), ("--ubatch-size", "2048"), "patched CPU builds", variable="LLAMA_ARG_UBATCH"
+    ("-ub", "--ubatch-size"),
+    ("--ubatch-size", "{ubatch}"),
+    f"patched CPU builds; N is {_UBATCHES[0]}, or less if memory or the context's length demand it",
+    variable="LLAMA_ARG_UBATCH",
 )
 # Weights in memory instead of a mapped file: a token takes less time, loading takes longer.
 _IN_MEMORY = Default(
@@ -306,7 +317,7 @@ def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
         program = tool.drafted
         defaults = (*tool.without(_NO_CONVERSATION).defaults, _SPECULATE)
     added = [
-        word.format(cores=cores())
+        word.format(cores=cores(), ubatch=_ubatch(model, given))
         for default in defaults
         if not options & set(default.options) and not os.environ.get(default.variable)
         for word in default.arguments
@@ -330,6 +341,17 @@ def defaults_help(tool: Tool) -> str:
     lines = [f"  {default}" for default in tool.defaults]
     head = f"{tool.program} gets, unless you give the option, or set llama.cpp's variable for it (LLAMA_ARG_...):"
     return "\n".join([head, *lines, "", ""]) if lines else "\n"
+
+
+def _ubatch(model: Path, given: Sequence[str]) -> int:
+    """Tokens of a ubatch that memory has room for, with the context that the caller or else the model gives."""
+    word = [os.environ.get("LLAMA_ARG_CTX_SIZE", ""), *_values(given, {"-c", "--ctx-size"})][-1]
+    context, free = int(word) if word.isdecimal() else 0, available_memory()
+    if not context:
+        with contextlib.suppress(GgufError), GgufModel(model) as file:
+            context = int(file.keys.get(f"{file.keys.get('general.architecture')}.context_length", 0))
+    room = (1 << 62 if free is None else free) // 4
+    return next((n for n in _UBATCHES if n * (_MASK * context + _GRAPH) <= room), _UBATCHES[-1])
 
 
 def fits_memory(model: Path) -> bool:

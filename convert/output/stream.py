@@ -23,6 +23,7 @@ from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.encode import BadValueError, Stored, check, encode
 from kimi_gguf.convert.types.ggml import Ggml, load
+from kimi_gguf.engine.limits import available_memory
 from kimi_gguf.engine.tensor_types import F32, Bytes
 from kimi_gguf.engine.toolchain import cores
 
@@ -41,19 +42,20 @@ class Pace:
 
     @classmethod
     def within(cls, max_memory: int | None, threads: int | None = None, elsewhere: int = 0) -> Pace:
-        """All cores, or fewer if `max_memory` (bytes of the whole process, of which `elsewhere` are reserved for
-        other uses) requires it. Raises `ConvertError`."""
+        """All cores, or fewer if memory requires it: `max_memory` (bytes of the whole process, of which `elsewhere` are
+        reserved for other uses), without it what is available. Raises `ConvertError` if `max_memory` is too little."""
         threads = threads or cores()
         pace = cls(threads, 4 * threads + 2, CHUNK_ELEMENTS)
-        if max_memory is None:
+        most = available_memory() if max_memory is None else max_memory
+        if most is None:
             return pace
         base = _BASE_MEMORY + elsewhere
-        room = max_memory - base
+        room = most - base
         while room < pace.memory and pace.elements > 1 << 16:
             pace = cls(pace.threads, pace.chunks, pace.elements // 2)
         while room < pace.memory and pace.chunks > 2:
             pace = cls(max(pace.threads - 1, 1), pace.chunks - 2, pace.elements)
-        if room < pace.memory:
+        if max_memory is not None and room < pace.memory:
             least = -(-(base + pace.memory) >> 20)
             raise ConvertError(
                 "--max-memory", expected=f"at least {least} MiB", found=f"{max_memory >> 20} MiB"

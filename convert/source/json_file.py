@@ -8,6 +8,7 @@ that is not an object.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -60,7 +61,8 @@ def read_small_file(path: Path, most: int = MAX_BYTES) -> bytes:
                 todo="copy the file from the checkpoint",
             )
         with path.open("rb") as file:
-            data = file.read(most + 1)
+            nbytes = os.fstat(file.fileno()).st_size
+            data = file.read(min(nbytes, most) + 1)  # read() allocates what it is told
     except FileNotFoundError:
         raise ConvertError(f"{path}: not found", todo="copy it from the original checkpoint") from None
     except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from native_program import compile_shim
 from random_checkpoint import Spec
-from small_memory import SHIM, complete
+from small_memory import SHIM, complete, machine
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
@@ -42,7 +42,15 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def log(engine: Engine, model: Path, shim: Path, available: int, *options: str) -> str:
     """What the program logs if `available` bytes of memory are available, and how it maps the file."""
-    return complete(engine, model, shim, "--verbosity", "4", *options, AVAILABLE=str(available // 1024))
+    return complete(
+        engine,
+        model,
+        shim,
+        "--verbosity",
+        "4",
+        *options,
+        ROOT=str(machine(shim.parent / str(available), available)),
+    )
 
 
 @has_avx512

@@ -1,6 +1,6 @@
-// Preloaded into a program: /proc/meminfo says that $AVAILABLE KiB of memory are available, if that is set. Prints
-// each call that reads a mapped file as a whole (MAP_POPULATE, MADV_POPULATE_READ) and each advice on huge pages, with the
-// address. If $OLD_KERNEL is set, MADV_POPULATE_READ fails as before Linux 5.14.
+// Preloaded into a program: files below /proc and /sys are those in the folder $ROOT, if that is set. Prints each call
+// that reads a mapped file as a whole (MAP_POPULATE, MADV_POPULATE_READ) and each advice on huge pages, with the address.
+// If $OLD_KERNEL is set, MADV_POPULATE_READ fails as before Linux 5.14.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -15,15 +15,16 @@
 
 FILE * fopen(const char * path, const char * mode) {
     static FILE * (*next)(const char *, const char *);
-    static char text[256];
     if (next == NULL) {
         *(void **) &next = dlsym(RTLD_NEXT, "fopen");
     }
-    if (strcmp(path, "/proc/meminfo") != 0 || getenv("AVAILABLE") == NULL) {
+    const char * root = getenv("ROOT");
+    char         simulated[4096];
+    if (root == NULL || (strncmp(path, "/proc/", 6) != 0 && strncmp(path, "/sys/", 5) != 0)) {
         return next(path, mode);
     }
-    snprintf(text, sizeof(text), "MemTotal:       99999999 kB\nMemAvailable:   %s kB\n", getenv("AVAILABLE"));
-    return fmemopen(text, strlen(text), "r");
+    snprintf(simulated, sizeof(simulated), "%s%s", root, path);
+    return next(simulated, mode);
 }
 
 void * mmap(void * address, size_t size, int protection, int flags, int fd, off_t offset) {

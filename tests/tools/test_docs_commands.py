@@ -62,7 +62,7 @@ ELSEWHERE = (
     (r"curl ", THIS),
     (r"source ", THIS),
     (r"kimi-llama serve (?!.*(ling.gguf|--workers))", THIS),
-    (r"scripts/test", THIS),  # it runs this file
+    (r"scripts/test|(.venv/bin/)?pytest ", THIS),  # they run this file
     (r"python -m pip ", "tests/tools/test_docs_release.py"),
     (r"scripts/environment ", "tests/scripts/test_environment.py"),
     (r"scripts/demo", "tests/scripts/test_demo.py"),
