@@ -49,10 +49,6 @@ EXAMPLES = f"""\
   kimi-llama bench --operators --json out/operators.json
   kimi-llama bench --matmuls --threads 1 --json out/matmuls.json
   kimi-llama bench --hybrid --json out/hybrid.json
-  kimi-llama bench --prompt-cache --json out/prompt-cache.json
-  kimi-llama bench --equal-requests                 answers of llama-server to equal requests, with the demo
-  kimi-llama bench --speculative --layers 4 --experts 256 --type Q8_0
-  kimi-llama bench --speculative-demo               drafts on llama-server, with the demo checkpoint
   kimi-llama bench --records out/*.json --page out/bench.md
   kimi-llama bench --draw docs/bench.toml           write docs/bench.md and its pictures from the committed records
   kimi-llama bench --backend cuda model.gguf --batch 1,512,8192 --depth 0,8192,65536 --cache-type f16,q8_0
@@ -89,16 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--products", dest="matmuls", action="store_true", help=argparse.SUPPRESS)  # its old name
     add("--hybrid", action="store_true",
         help="compare one MLA layer in four with MLA in every layer (patched only)")  # fmt: skip
-    add("--prompt-cache", action="store_true",
-        help="count the prompt tokens that the server evaluates again, with the demo as F32")  # fmt: skip
-    add("--equal-requests", action="store_true",
-        help="count the different answers of llama-server to equal requests under load, with the demo")  # fmt: skip
-    add("--speculative", action="store_true",
-        help="measure the overhead of drafting; the target is of --type (default here: Q8_0), "
-        "the draft model of --draft-type")  # fmt: skip
-    add("--speculative-demo", action="store_true",
-        help="measure llama-server with drafts; the demo is of --type (default here: BF16), "
-        "the draft model of --draft-type")  # fmt: skip
     add("--records", nargs="+", type=Path, metavar="JSON",
         help="measure nothing: write --page from these records")  # fmt: skip
     add(
@@ -111,7 +97,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the generated model").add_argument
     add("--type", type=words(tuple(FILE_TYPES)), metavar="T,..",
         help="generate models of these types of llama-quantize, such as Q4_K_M,Q8_0 (default: Q4_0)")  # fmt: skip
-    add("--draft-type", choices=TYPES, default="Q4_0", help="set the draft model's type (default: Q4_0)")
     add("--family", choices=COMPARABLE, default="kimi-linear",
         help="generate the layers of this model, see below (default: %(default)s)")  # fmt: skip
     add("--layers", type=number, metavar="N", help="generate N layers (default: the family's)")
@@ -160,7 +145,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep one process in memory at a time (CPU only; default: if the model does not fit twice)")  # fmt: skip
     add("--rounds", type=number, default=1, metavar="N",
         help="one process at a time: repeat all turns N times, for a machine with other work (default: 1)")  # fmt: skip
-    add("--seed", type=number, default=1, metavar="N", help="set the seed of --prompt-cache (default: 1)")
     add(
         "--budget",
         type=seconds,

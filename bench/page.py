@@ -127,25 +127,6 @@ def hybrid_row(depth: str, cache: Sequence[float], rates: Sequence[float]) -> tu
     return (depth, *sizes, less, *(f"{rate:.2f}/s" for rate in rates), f"{rates[0] / rates[1]:.2f}")
 
 
-def prompt_cache_table(rows: Sequence[Data]) -> Rows:
-    """Prompt tokens that each build evaluated."""
-    table: Rows = [("situation", "upstream", "patched", "at most")]
-    of = {build: [row for row in rows if row["build"] == build] for build in ("upstream", "patched")}
-    for theirs, ours in zip(of["upstream"], of["patched"], strict=False):
-        counts = (f"{row['evaluated']} of {row['prompt']}" for row in (theirs, ours))
-        table.append((ours["situation"], *counts, str(ours["most"])))
-    return table
-
-
-def equal_requests_table(rows: Sequence[Data]) -> Rows:
-    """Answers to equal requests under load."""
-    table: Rows = [("type", "build", "different texts", "different log probabilities", "as without load")]
-    for row in rows:
-        counts = (str(row["texts"]), str(row["different"]), f"{row['as_alone']} of {row['requests']}")
-        table.append((row["type"], row["build"], *counts))
-    return table
-
-
 def latest(records: Iterable[Data]) -> Data | None:
     """The record that was made last, if there is one."""
     return max(records, key=lambda record: str(record["created"]), default=None)
@@ -245,8 +226,6 @@ def sections(records: Sequence[Data], models: dict[str, Data]) -> list[str]:
         parts.append(matmuls_part(matmuls))
     if record := latest(record for record in records if record["hybrid"]):
         parts.append(hybrid_part(record))
-    if record := latest(record for record in records if record["prompt_cache"]):
-        parts.append(prompt_cache_part(record))
     return parts
 
 
@@ -363,15 +342,6 @@ def matmuls_part(records: Sequence[Data]) -> str:
         "F16) and memory (bytes of weights / bandwidth). Above 100 %: the bandwidth measured around the row was lower "
         "than during it. "
         "With 512 tokens and 8 of 32 experts each matrix has 128 columns.\n\n" + markdown(matmuls_table(rows))
-    )
-
-
-def prompt_cache_part(record: Data) -> str:
-    """Prompt tokens that the server evaluates again."""
-    return (
-        "## Prompt cache\n\nPrompt tokens that llama-server evaluated, of all tokens of the "
-        "prompt, for the demo as F32 with the chat template of Kimi K2 and random words. *At most*: the goal.\n\n"
-        + markdown(prompt_cache_table(record["prompt_cache"]))
     )
 
 

@@ -5,8 +5,8 @@ Input: facts, results. Output: a file that is always a complete record.
 A file: schema, machine, engines (facts of each build), records. A record: command, created (UTC), device (null: the
 CPU), checkout (this project's commit), engines, switch (KIMI_OPS of patched), libraries (used instead of patched's, or
 null), limits (peak rates, by threads or of the device), models [{name, architecture, bytes, about, cells}], operators,
-device_operators, matmuls, hybrid, prompt_cache, equal_requests, speculative. A cell has its options, samples in seconds
-of one decode, medians and spreads, and its floor: the least time on the roofline.
+device_operators, matmuls, hybrid. A cell has its options, samples in seconds of one decode, medians and spreads, and
+its floor: the least time on the roofline.
 """
 
 from __future__ import annotations
@@ -65,9 +65,6 @@ def new_record(
         "device_operators": [],
         "matmuls": [],
         "hybrid": None,
-        "prompt_cache": [],
-        "equal_requests": [],
-        "speculative": None,
     }
 
 

@@ -10,10 +10,8 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from kimi_gguf.bench import hybrid, page, report
@@ -30,20 +28,16 @@ from kimi_gguf.bench.cells import (
 )
 from kimi_gguf.bench.device import Device, find_device
 from kimi_gguf.bench.device_operators import TIMED, measure_device_operators
-from kimi_gguf.bench.equal_requests import ask_together
 from kimi_gguf.bench.in_turns import FITS, measure_in_turns, variants_alone
 from kimi_gguf.bench.manifest import manifests_beside, read_manifest
 from kimi_gguf.bench.matmuls import measure_matmuls
 from kimi_gguf.bench.models import ModelFile, check_room, convert_demo, generate, open_model
 from kimi_gguf.bench.operators import libraries_of, measure_operators
-from kimi_gguf.bench.prompt_cache import Starter, chat_template, measure_prompt_cache
 from kimi_gguf.bench.record import add, cell_data, load, model_data, new_record, save
 from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Peaks, demand, mean_of, measure_device_peaks, measure_peaks
 from kimi_gguf.bench.runner import MATMUL_SWITCHES, environment_of
-from kimi_gguf.bench.server import running
 from kimi_gguf.bench.shapes import TYPES, chosen_model
-from kimi_gguf.bench.speculative import cost_table, measure_cost, measure_server, server_table
 from kimi_gguf.bench.workers import check_reachable, measure_workers
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.addresses import addresses
@@ -55,7 +49,6 @@ from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import cores
 
 DEMO_TYPES = ("Q8_0", "BF16")
-EQUAL_TYPES = ("F32", "BF16", "Q8_0", "Q4_K_M", "Q4_0")  # of --equal-requests
 OPTIONS_ALONE = ("--threads", "--depth", "--build", "--backend")  # that one build is measured with
 OPTIONS_OF_WORKERS = (
     "--workers", "--demo", "--type", "--family", "--layers", "--experts", "--shapes", "--quick", "--batch", "--depth",
@@ -165,18 +158,14 @@ def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
             expected="libllama in it",
             todo="give the folder of a build's shared libraries",
         )
-    of_cpu = (
-        parsed.hybrid, parsed.matmuls, parsed.prompt_cache, parsed.equal_requests, parsed.speculative,
-        parsed.speculative_demo, parsed.operators and parsed.libraries,
-    )  # fmt: skip
+    of_cpu = (parsed.hybrid, parsed.matmuls, parsed.operators and parsed.libraries)
     if parsed.operators and parsed.operators != TIMED and not on_device(parsed):
         raise UsageError(
             "single operators are chosen on a device only", todo="leave out the name after --operators"
         )
     if on_device(parsed) and any(of_cpu):
         raise UsageError(
-            "--hybrid, --matmuls, --prompt-cache, --equal-requests, --speculative and --operators --libraries are "
-            "measured on the CPU only",
+            "--hybrid, --matmuls and --operators --libraries are measured on the CPU only",
             todo="leave out --backend and --device",
         )
     if parsed.matmuls and any(each is not None for each in (parsed.type, parsed.batch, parsed.depth)):
@@ -289,12 +278,6 @@ class Run:
                 self.matmuls(reporter)
             elif self.parsed.hybrid:
                 self.hybrid(reporter)
-            elif self.parsed.prompt_cache:
-                self.prompt_cache(reporter)
-            elif self.parsed.equal_requests:
-                self.equal_requests(reporter)
-            elif self.parsed.speculative or self.parsed.speculative_demo:
-                self.speculative(reporter)
             else:
                 self.models(reporter)
         self.keep()
@@ -459,69 +442,6 @@ class Run:
             reporter.note("  ".join(page.hybrid_table(data)[len(data["rows"])]))
             self.keep()
         report.show("Hybrid against all MLA", page.hybrid_table(data))
-
-    def prompt_cache(self, reporter: Reporter) -> None:
-        """Count the prompt tokens that the servers of both builds evaluate."""
-        gguf = convert_demo("F32", reporter)
-        template = chat_template(reporter)
-        with tempfile.TemporaryDirectory() as folder:
-            for name, engine in (("upstream", self.upstream), ("patched", self.patched)):
-                start = Starter(engine, gguf, template, Path(folder), max(self.threads))
-                for count in measure_prompt_cache(start, self.parsed.seed):
-                    self.record["prompt_cache"].append({"build": name, **asdict(count)})
-                    reporter.note(f"{name}: {count.situation}: {count.evaluated} of {count.prompt} tokens")
-                    self.keep()
-        report.show("Prompt tokens evaluated", page.prompt_cache_table(self.record["prompt_cache"]))
-
-    def equal_requests(self, reporter: Reporter) -> None:
-        """Count the different answers of the servers of both builds to equal requests."""
-        rows: list[Data] = self.record["equal_requests"]
-        for kind in self.parsed.type or EQUAL_TYPES:
-            gguf = convert_demo(kind, reporter)
-            with tempfile.TemporaryDirectory() as folder:
-                for name, engine in (("upstream", self.upstream), ("patched", self.patched)):
-                    log, program = Path(folder) / "server.log", engine.bin / "llama-server"
-                    with running(
-                        log, program, "--model", gguf, "--threads", str(max(self.threads))
-                    ) as server:
-                        answers = ask_together(server)
-                    counts = {
-                        "texts": answers.texts,
-                        "different": answers.different,
-                        "as_alone": answers.as_alone,
-                    }
-                    rows.append({"build": name, "type": kind, "requests": len(answers.equal), **counts})
-                    reporter.note("  ".join(page.equal_requests_table(rows[-1:])[-1]))
-                    self.keep()
-        report.show("Different answers to equal requests", page.equal_requests_table(rows))
-
-    def speculative(self, reporter: Reporter) -> None:
-        """Measure drafts: their cost on a generated model, or their gain on llama-server with the demo."""
-        parsed, threads = self.parsed, max(self.threads)
-        types = ((parsed.type or ("BF16" if parsed.speculative_demo else "Q8_0",))[0], parsed.draft_type)
-        data: Data = {"types": types, "threads": threads, "cost": [], "server": []}
-        self.record["speculative"] = data
-        if parsed.speculative_demo:
-            target, draft = (convert_demo(each, reporter) for each in types)
-            builds = {"patched": self.patched, "upstream": self.upstream}
-            found = measure_server(target, draft, builds, threads, reporter)
-            rows, table = data["server"], server_table
-            title = f"llama-server, demo-{types[0]} drafted by demo-{types[1]}"
-        else:
-            models = [
-                chosen_model(parsed.family, parsed.layers, parsed.experts, each, parsed.shapes)
-                for each in types
-            ]
-            check_room(models, self.upstream, reporter)
-            pair = [open_model(generate(model, self.upstream, reporter)) for model in models]
-            found = measure_cost(pair[0], pair[1], self.environments, threads, reporter)
-            rows, table = data["cost"], cost_table
-            title = f"Drafts for {pair[0].name} by {pair[1].name}"
-        for row in found:
-            rows.append(row)
-            reporter.note("  ".join(table(rows)[-1]))
-            self.keep()
-        report.show(title, table(rows))
 
 
 def makers(parsed: argparse.Namespace, engine: Engine, reporter: Reporter) -> list[Callable[[], Path]]:

@@ -311,8 +311,8 @@ def test_threads_are_at_least_one_and_at_most_what_ggml_has_room_for(
 
 def test_an_option_for_one_number_refuses_several(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        kimi_llama.main(["bench", "--seed", "1,2"])
-    assert capsys.readouterr().err.endswith("argument --seed: '1,2': expected one number from 1 on\n")
+        kimi_llama.main(["bench", "--ubatch", "1,2"])
+    assert capsys.readouterr().err.endswith("argument --ubatch: '1,2': expected one number from 1 on\n")
 
 
 @pytest.mark.parametrize("words", ["--depth 0", "--batch 1", "--type Q8_0"])

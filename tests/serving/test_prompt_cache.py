@@ -19,9 +19,9 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 from llama_server import Server, serving
 
-from kimi_gguf.bench.prompt_cache import Starter, chat_template, measure_prompt_cache
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import reporting
+from kimi_gguf.tools.prompt_cache import Starter, chat_template, measure_prompt_cache
 
 pytestmark = pytest.mark.engine
 

@@ -41,8 +41,7 @@ def record(created: str, ratio: float, depth: int = 0) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "command": f"kimi-llama bench {created}", "created": created, "device": None, "checkout": None,
-        "limits": [], "operators": [], "device_operators": [], "matmuls": [], "hybrid": None, "prompt_cache": [],
-        "equal_requests": [], "speculative": None,
+        "limits": [], "operators": [], "device_operators": [], "matmuls": [], "hybrid": None,
         "switch": "require", "engines": {"patched": engine, "upstream": engine}, "libraries": None,
         "machine": {"processor": "one", "cores": 2, "memory_gib": None, "system": "Linux 1"},
         "models": [{"name": "m", "bytes": 1, "cells": [cell], "about": about}],

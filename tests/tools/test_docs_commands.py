@@ -74,7 +74,7 @@ ELSEWHERE = (
     (r"kimi-llama use ", "tests/engine/test_engine_builds.py"),
     (r"validate-kimi .* --upstream", "tests/validate/test_validate_cli.py"),
     (r"validate-kimi card (hub|out/one) ", "tests/validate/test_validate_card.py"),  # another folder is done here
-    (r"python -m kimi_gguf.bench.speculative", "tests/bench/test_bench_speculative.py"),
+    (r"tools/run drafts ", "tests/tools/test_drafts.py"),
     (r"kimi-llama bench --records", "tests/bench/test_bench_page.py"),
     (r"(KIMI_OPS=\S+ )?kimi-llama bench", "tests/bench/test_bench_cli.py"),
     (r"tools/run synthetic_checkpoint|convert-kimi ling-mtp ",

@@ -1,9 +1,13 @@
-"""Measures the time that drafts take, and the speed of llama-server with drafts.
+"""Measure the time that drafts take, and the speed of llama-server with drafts.
+
+    tools/run drafts cost --layers 4 --experts 256 --threads 1
+    tools/run drafts server
+    tools/run drafts mtp FILE
 
 Input: a target model, and a lower-bit quantization of it as the draft model. Output: rows of two tables. `measure_cost`
 times the verification of n drafted tokens relative to the decoding of one token, and computes the break-even acceptance
 rate. `measure_server` runs llama-server with several kinds of drafts, and counts tokens, drafted tokens and accepted
-tokens. As a program, this module measures the drafts of a model's MTP layer (`DESCRIPTION`).
+tokens.
 """
 
 from __future__ import annotations
@@ -22,11 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from kimi_gguf.bench.cells import PATCHED
+from kimi_gguf.bench.families import COMPARABLE
 from kimi_gguf.bench.load import undisturbed
-from kimi_gguf.bench.models import ModelFile
+from kimi_gguf.bench.models import ModelFile, check_room, convert_demo, generate, open_model
 from kimi_gguf.bench.report import Rows, markdown
-from kimi_gguf.bench.runner import Runner
+from kimi_gguf.bench.runner import Runner, environment_of
 from kimi_gguf.bench.server import RunningServer, running
+from kimi_gguf.bench.shapes import SHAPES, TYPES, chosen_model
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
 from kimi_gguf.engine.builds import Engine, ensure
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf_check import check_mtp, check_whole
@@ -54,11 +62,15 @@ DRAFTS: dict[str, tuple[str, ...]] = {  # options of llama-server; {draft}: the 
     "ngram-mod": ("--spec-type", "ngram-mod"),
     "ngram-cache": ("--spec-type", "ngram-cache"),
 }
-DESCRIPTION = """\
+MTP = """\
 Measure llama-server without drafts and with drafts of the MTP layer in FILE, patched and upstream, and print a table.
 The drafts have acceptance rates that llama-server simulates, for files with generated weights; with --all also the
 layer's own.
 Answers with simulated rates are meaningless; the work is that of a model with these rates."""
+COST = """\
+Time the verification of n drafted tokens relative to the decoding of one token, and print the break-even rates of
+n-gram drafts and of drafts by a file of --draft-type. Both models are generated."""
+SERVER = "Measure llama-server with several kinds of drafts, patched and upstream, with the demo, and print a table."
 MTP_LENGTHS = (1, 2, 3)
 MTP_RATES = (0.0, 0.5, 0.7, 0.9)  # simulated: accepted tokens among those whose predecessor is accepted
 FEW_LENGTHS = (1, 3)
@@ -288,40 +300,88 @@ def complete(server: RunningServer, prompt: str, count: int, seed: int) -> Row:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kimi_gguf.bench.speculative",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(prog="tools/run drafts", description=__doc__.splitlines()[0])
+    modes = parser.add_subparsers(dest="mode", required=True)
+    cost, server, mtp = (
+        modes.add_parser(
+            name,
+            description=text,
+            help=text.partition("\n")[0],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for name, text in (("cost", COST), ("server", SERVER), ("mtp", MTP))
     )
-    parser.add_argument("model", metavar="FILE", type=Path, help="a GGUF file of Ling 3 with its MTP layer")
-    parser.add_argument(
-        "threads", metavar="THREADS", type=int, nargs="?", default=cores(),
-        choices=range(1, cores() + 1), help=f"CPU threads (default: {CORES})",
-    )  # fmt: skip
-    parser.add_argument(
+    mtp.add_argument("model", metavar="FILE", type=Path, help="a GGUF file of Ling 3 with its MTP layer")
+    mtp.add_argument(
         "--all",
         action="store_true",
         help="more lengths and rates, the layer's own rate, and four slots: hours instead of minutes",
     )
+    cost.add_argument(
+        "--family", choices=COMPARABLE, default="kimi-linear", help="generate layers of this model"
+    )
+    cost.add_argument("--layers", type=int, help="generate this many layers (default: the family's)")
+    cost.add_argument("--experts", type=int, help="generate this many experts (default: the family's)")
+    cost.add_argument(
+        "--shapes", choices=SHAPES, default="full", help="sizes of layers (default: %(default)s)"
+    )
+    for mode, kind in ((cost, "Q8_0"), (server, "BF16")):
+        mode.add_argument(
+            "--type",
+            choices=FILE_TYPES,
+            default=kind,
+            metavar="T",
+            help="of the target (default: %(default)s)",
+        )
+        mode.add_argument(
+            "--draft-type", choices=TYPES, default="Q4_0", help="of the draft model (default: %(default)s)"
+        )
+    for mode in (cost, server, mtp):
+        mode.add_argument(
+            "--threads", type=int, default=cores(), choices=range(1, cores() + 1), metavar="N",
+            help=f"CPU threads (default: {CORES})",
+        )  # fmt: skip
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the table of a model with an MTP layer. Returns the exit status."""
+    """Print the table of a mode. Returns the exit status."""
     given = _parser().parse_args(arguments)
     try:
-        check_whole(given.model)
-        check_mtp(given.model)
+        if given.mode == "mtp":
+            check_whole(given.model)
+            check_mtp(given.model)
         builds = {"patched": ensure(), "upstream": ensure(upstream=True)}
         with reporting() as reporter:
-            load = None if given.all else FEW
-            drafts = mtp_drafts(given.all)
-            rows = list(measure_server(given.model, None, builds, given.threads, reporter, drafts, load))
-        print(markdown(server_table(rows)))
-    except EngineError as error:
-        print(f"speculative: error: {error}", file=sys.stderr)
+            if given.mode == "cost":
+                table = cost_table(list(cost_of_generated(given, builds, reporter)))
+            elif given.mode == "server":
+                target, draft = (convert_demo(kind, reporter) for kind in (given.type, given.draft_type))
+                table = server_table(list(measure_server(target, draft, builds, given.threads, reporter)))
+            else:
+                load, drafts = None if given.all else FEW, mtp_drafts(given.all)
+                rows = measure_server(given.model, None, builds, given.threads, reporter, drafts, load)
+                table = server_table(list(rows))
+        print(markdown(table))
+    except (EngineError, ConvertError) as error:
+        print(f"drafts: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def cost_of_generated(
+    given: argparse.Namespace, builds: Mapping[str, Engine], reporter: Reporter
+) -> Iterator[Row]:
+    """`measure_cost` with two generated models of the given family, sizes and types."""
+    sizes = (given.family, given.layers, given.experts)
+    models = [chosen_model(*sizes, kind, given.shapes) for kind in (given.type, given.draft_type)]
+    check_room(models, builds["upstream"], reporter)
+    target, draft = (open_model(generate(model, builds["upstream"], reporter)) for model in models)
+    environments = {
+        "patched": environment_of(builds["patched"], None, "require"),
+        "upstream": environment_of(builds["upstream"]),
+    }
+    yield from measure_cost(target, draft, environments, given.threads, reporter)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,34 @@
-"""Counts the prompt tokens that llama-server evaluates, in conversations, for long prompts and after a restart.
+"""Count the prompt tokens that llama-server evaluates, in conversations, for long prompts and after a restart.
 
-Input: a build of llama.cpp, the demo as F32 GGUF, the chat template of Kimi K2. Output: for each situation the number
-of evaluated tokens, the number of tokens of the prompt, and the limit for the former that the tests check. The text is
-random words from a seed, so that a run can be repeated. The counts are `timings.prompt_n` and `timings.cache_n` of the
-server's answers.
+    tools/run prompt_cache
+
+Prints the table of docs/serving.md for both builds. Input: a build of llama.cpp, the demo as F32 GGUF, the chat
+template of Kimi K2. Output: for each situation the number of evaluated tokens, the number of tokens of the prompt, and
+the limit for the former that the tests check. The text is random words from a seed, so that a run can be repeated. The
+counts are `timings.prompt_n` and `timings.cache_n` of the server's answers.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
-from collections.abc import Callable, Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kimi_gguf.bench.models import convert_demo
+from kimi_gguf.bench.report import Rows, markdown
 from kimi_gguf.bench.server import RunningServer, running
+from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.build import Cache, pinned_source
-from kimi_gguf.engine.builds import Engine, cache_folder
-from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.engine.builds import Engine, cache_folder, ensure
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.progress import Reporter, reporting
+from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.patches.pin import load_pin
 
 SYSTEM, MESSAGE, DOCUMENT = 600, 80, 500  # words
@@ -213,3 +223,39 @@ def measure_prompt_cache(start: Start, seed: int = 1, long: int = LONG) -> Itera
     yield from long_prompts(start, Words(seed), long)
     yield from restored(start, Words(seed))
     yield from live(start, Words(seed))
+
+
+def prompt_cache_table(counts: dict[str, list[Count]]) -> Rows:
+    """The table of both builds' counts. counts: "upstream" and "patched", the same situations in the same order."""
+    table: Rows = [("situation", "upstream", "patched", "at most")]
+    for upstream, patched in zip(counts["upstream"], counts["patched"], strict=True):
+        evaluated = (f"{count.evaluated} of {count.prompt}" for count in (upstream, patched))
+        table.append((patched.situation, *evaluated, str(patched.most)))
+    return table
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="tools/run prompt_cache", description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=1, help="of the random words (default: %(default)s)")
+    seed: int = parser.parse_args(arguments).seed
+    counts: dict[str, list[Count]] = {}
+    try:
+        with reporting() as reporter, tempfile.TemporaryDirectory() as folder:
+            gguf, template = convert_demo("F32", reporter), chat_template(reporter)
+            for name, engine in (("upstream", ensure(upstream=True)), ("patched", ensure())):
+                counts[name] = []
+                for count in measure_prompt_cache(
+                    Starter(engine, gguf, template, Path(folder), cores()), seed
+                ):
+                    counts[name].append(count)
+                    reporter.note(f"{name}: {count.situation}: {count.evaluated} of {count.prompt} tokens")
+    except (EngineError, ConvertError) as error:
+        print(f"prompt_cache: error: {error}", file=sys.stderr)
+        return 1
+    print(markdown(prompt_cache_table(counts)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""`kimi-llama bench --speculative`: the break-even rate, and both tables from end to end on small models."""
+"""`tools/run drafts`: the break-even rate, and the tables of all modes from end to end on small models."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bench_case import TINY, bench
 from mtp_models import Circle, write_circle
 from random_checkpoint import Spec
 from synthetic_case import make_gguf
 
-from kimi_gguf.bench import speculative
-from kimi_gguf.bench.record import load
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import Silent
+from kimi_gguf.tools import drafts
 
 
 @pytest.mark.parametrize(
@@ -23,46 +21,58 @@ from kimi_gguf.engine.progress import Silent
 )
 def test_break_even(length: int, cost: float, rate: float | None) -> None:
     """At a rate of 1/2 a draft of 3 tokens gives 1 + 1/2 + 1/4 + 1/8 tokens a round."""
-    found = speculative.break_even(length, cost)
+    found = drafts.break_even(length, cost)
     assert found == (None if rate is None else pytest.approx(rate, abs=1e-6))
 
 
+def test_costs_are_in_decodes_of_one_token() -> None:
+    """Three tokens drafted in 3 x 1 s and checked by the draft model in 2 s; verified in 5 s; a decode takes 4 s."""
+    seconds = {
+        ("patched", 0, 1): 4.0,
+        ("patched", 3, 4): 5.0,
+        ("upstream", 0, 1): 8.0,
+        ("upstream", 3, 4): 24.0,
+    }
+    row = drafts.cost_row(3, 1, seconds | {("draft", 3, 1): 1.0, ("draft", 3, 4): 2.0})
+    assert (row["verify"], row["upstream_verify"], row["draft"]) == (1.25, 3.0, 1.25)
+    assert (
+        row["break_even_draft"] == drafts.break_even(3, 2.5) > row["break_even"] == drafts.break_even(3, 1.25)
+    )
+    assert drafts.cost_table([row])[1][:5] == ("1", "3", "1.25", "3.00", "1.25")
+
+
 @pytest.mark.engine
-def test_the_cost_of_a_draft(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
-    record = tmp_path / "record.json"
-    ended = bench(*TINY, "--speculative", "--json", str(record))
-    rows = load(record)[0]["speculative"]["cost"]
-    assert [(row["sequences"], row["length"]) for row in rows] == [
-        (slots, length) for slots in speculative.SLOTS for length in speculative.LENGTHS
+def test_the_cost_of_a_draft(engine: Engine, upstream: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--shapes", "tiny", "--layers", "4", "--experts", "8", "--threads", "1")
+    assert drafts.main(["cost", *sizes]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("|")][
+        2:
     ]
-    for row in rows:
-        took, n = row["samples"], row["length"]
-        single = took["patched 0 1"]
-        assert row["verify"] == pytest.approx(took[f"patched {n} {n + 1}"] / single)
-        assert row["draft"] == pytest.approx((n * took[f"draft {n} 1"] + took[f"draft {n} {n + 1}"]) / single)
-        assert row["draft"] > 0 and row["upstream_verify"] > 0
-    assert "| slots | drafted tokens |" in ended.stdout
+    assert [(int(row[0]), int(row[1])) for row in rows] == [
+        (slots, length) for slots in drafts.SLOTS for length in drafts.LENGTHS
+    ]
+    assert all(float(cost) > 0 for row in rows for cost in row[2:5])
 
 
 @pytest.mark.engine
 def test_drafts_on_the_server(
     engine: Engine, upstream: Engine, demo_gguf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speculative, "SLOTS", (2,))
-    monkeypatch.setattr(speculative, "COUNT", 32)
+    monkeypatch.setattr(drafts, "SLOTS", (2,))
+    monkeypatch.setattr(drafts, "COUNT", 32)
     few = ("none", "model, up to 3 tokens", "ngram-simple, 4 then 8")
-    monkeypatch.setattr(speculative, "DRAFTS", {name: speculative.DRAFTS[name] for name in few})
+    monkeypatch.setattr(drafts, "DRAFTS", {name: drafts.DRAFTS[name] for name in few})
     target, builds = demo_gguf("F32"), {"patched": engine, "upstream": upstream}
-    rows = list(speculative.measure_server(target, target, builds, 1, Silent()))
+    rows = list(drafts.measure_server(target, target, builds, 1, Silent()))
     assert [row["draft"] for row in rows] == list(few)
     for row in rows:
         for build in builds:
-            assert row[build]["tokens"] == 32 * len(speculative.PROMPTS)
+            assert row[build]["tokens"] == 32 * len(drafts.PROMPTS)
             assert row[build]["accepted"] <= row[build]["drafted"]
             assert (row[build]["drafted"] > 0) == (row["draft"] != "none")
     # the target drafts for itself
     assert rows[1]["patched"]["accepted"] > 0.9 * rows[1]["patched"]["drafted"]
-    head, *table = speculative.server_table(rows)
+    head, *table = drafts.server_table(rows)
     for row, line in zip(rows, table, strict=True):
         cells = dict(zip(head, line, strict=False))
         assert cells["drafted"] == str(row["patched"]["drafted"])
@@ -78,19 +88,19 @@ def test_drafts_of_an_mtp_layer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The simulated rates are those of the table, up to chance. Every run draws the same numbers."""
-    monkeypatch.setattr(speculative, "SLOTS", (1,))
-    monkeypatch.setattr(speculative, "MTP_LENGTHS", (2,))
-    monkeypatch.setattr(speculative, "MTP_RATES", (0.0, 0.9))
+    monkeypatch.setattr(drafts, "SLOTS", (1,))
+    monkeypatch.setattr(drafts, "MTP_LENGTHS", (2,))
+    monkeypatch.setattr(drafts, "MTP_RATES", (0.0, 0.9))
     vocabulary = make_gguf(tmp_path, Spec(layers="K", heads=1, kda_head_dim=32))
     model = write_circle(tmp_path / "circle.gguf", Circle(), vocabulary)
-    assert speculative.main([str(model), "1", "--all"]) == 0
+    assert drafts.main(["mtp", str(model), "--threads", "1", "--all"]) == 0
     head, _, *lines = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("|")
     ]
     rows = [dict(zip(head, line, strict=False)) for line in lines]
-    assert [row["draft"] for row in rows] == list(speculative.mtp_drafts(every=True))
+    assert [row["draft"] for row in rows] == list(drafts.mtp_drafts(every=True))
     plain, own, never, mostly = rows
     assert plain["drafted"] == "0"
     assert 0 < int(own["accepted"].removesuffix(" %")) < 100
@@ -100,15 +110,15 @@ def test_drafts_of_an_mtp_layer(
 
 
 def test_few_drafts_are_some_of_all() -> None:
-    few, every = speculative.mtp_drafts(), speculative.mtp_drafts(every=True)
+    few, every = drafts.mtp_drafts(), drafts.mtp_drafts(every=True)
     assert "none" in few and len(few) == 5
     assert few.items() <= every.items()
     assert all("simulated" in name for name in few if name != "none")
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["a", "0"], ["a", "1", "2"]])
-def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", ["", "mtp", "mtp a --threads 0", "cost --type Q9", "server --all"])
+def test_wrong_arguments(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        speculative.main(arguments)
+        drafts.main(words.split())
     assert left.value.code == 2
-    assert "FILE [THREADS]" in capsys.readouterr().err
+    assert "usage: tools/run drafts" in capsys.readouterr().err
