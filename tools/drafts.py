@@ -31,7 +31,6 @@ from kimi_gguf.bench.load import undisturbed
 from kimi_gguf.bench.models import ModelFile, check_room, convert_demo, generate, open_model
 from kimi_gguf.bench.report import Rows, markdown
 from kimi_gguf.bench.runner import Runner, environment_of
-from kimi_gguf.bench.server import RunningServer, running
 from kimi_gguf.bench.shapes import SHAPES, TYPES, chosen_model
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
@@ -40,6 +39,7 @@ from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf_check import check_mtp, check_whole
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import CORES, cores
+from kimi_gguf.tools.server import RunningServer, running
 
 LENGTHS = (1, 2, 3, 5, 8)  # drafted tokens
 SLOTS = (1, 4)

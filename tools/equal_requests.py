@@ -19,12 +19,12 @@ from pathlib import Path
 
 from kimi_gguf.bench.models import convert_demo
 from kimi_gguf.bench.report import Rows, markdown
-from kimi_gguf.bench.server import RunningServer, running
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.builds import ensure
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.engine.toolchain import cores
+from kimi_gguf.tools.server import RunningServer, running
 
 TYPES = ("F32", "BF16", "Q8_0", "Q4_K_M", "Q4_0")
 HEADING = ("type", "build", "different texts", "different log probabilities", "as without load")

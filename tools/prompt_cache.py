@@ -22,7 +22,6 @@ from typing import Any
 
 from kimi_gguf.bench.models import convert_demo
 from kimi_gguf.bench.report import Rows, markdown
-from kimi_gguf.bench.server import RunningServer, running
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.build import Cache, pinned_source
 from kimi_gguf.engine.builds import Engine, cache_folder, ensure
@@ -30,6 +29,7 @@ from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.patches.pin import load_pin
+from kimi_gguf.tools.server import RunningServer, running
 
 SYSTEM, MESSAGE, DOCUMENT = 600, 80, 500  # words
 ANSWER = 60  # tokens

@@ -14,12 +14,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_gguf.bench.server import free_port
 from kimi_gguf.engine.toolchain import cores, packaged_tool
 from kimi_gguf.patches.diff import PatchConflictError
 from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.tree import Tree
 from kimi_gguf.tools.pull_request import PYTHON, SERVER, PullRequest
+from kimi_gguf.tools.server import free_port
 
 # The tests compare values, not times: -O1 takes half of the time to compile.
 _OPTIONS = (

@@ -21,11 +21,11 @@ from kimi_gguf.bench.page import MADE_BY, write_page
 from kimi_gguf.bench.plot import MOST_NAME
 from kimi_gguf.bench.record import load, save
 from kimi_gguf.bench.report import markdown, one_line
-from kimi_gguf.bench.server import running
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import MAX_THREADS
 from kimi_gguf.scripts import kimi_llama
+from kimi_gguf.tools.server import running
 
 WORKERS = "--workers 127.0.0.1:1"
 

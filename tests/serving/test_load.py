@@ -18,9 +18,9 @@ import pytest
 from llama_server import EXACT
 from selection import some_of
 
-from kimi_gguf.bench.server import RunningServer, running
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.tools.equal_requests import SYSTEM, ask_together
+from kimi_gguf.tools.server import RunningServer, running
 
 pytestmark = pytest.mark.engine
 

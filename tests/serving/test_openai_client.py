@@ -15,10 +15,10 @@ import openai
 import pytest
 from llama_server import EXACT
 
-from kimi_gguf.bench.server import RunningServer, running
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.tools.prompt_cache import chat_template
+from kimi_gguf.tools.server import RunningServer, running
 
 pytestmark = pytest.mark.engine
 

@@ -15,8 +15,8 @@ import pytest
 from llama_server import BUSY, ask, wait_for_slots
 from native_program import compile_shim
 
-from kimi_gguf.bench.server import RunningServer, free_port, running
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.tools.server import RunningServer, free_port, running
 
 pytestmark = pytest.mark.engine
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from llama_server import Answer, Server, serving
 
-from kimi_gguf.bench.server import PATIENCE
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.tools.server import PATIENCE
 
 pytestmark = pytest.mark.engine
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_gguf.bench.server import PATIENCE, RunningServer, end_server, free_port
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.tools.server import PATIENCE, RunningServer, end_server, free_port
 
 ATTEMPTS = 3  # times that a request is sent
 BUSY = 60  # seconds that a request may take on a busy machine

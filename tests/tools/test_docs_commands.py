@@ -23,10 +23,10 @@ from pathlib import Path
 
 import pytest
 
-from kimi_gguf.bench.server import running
 from kimi_gguf.convert import cli as convert_cli
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts import kimi_llama, llama_tools
+from kimi_gguf.tools.server import running
 from kimi_gguf.validate import cli as validate_cli
 
 ROOT = Path(__file__).parents[2]
