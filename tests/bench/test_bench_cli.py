@@ -7,7 +7,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +21,8 @@ from kimi_gguf.bench.plot import MOST_NAME
 from kimi_gguf.bench.record import load, save
 from kimi_gguf.bench.report import markdown, one_line
 from kimi_gguf.engine.builds import Engine, upstream_source
-from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import MAX_THREADS
 from kimi_gguf.scripts import kimi_llama
-from kimi_gguf.tools.server import running
 
 WORKERS = "--workers 127.0.0.1:1"
 
@@ -80,10 +77,10 @@ def test_every_variant_of_a_family_measures_the_same_logits(
     family: str, tmp_path: Path, engine: Engine, upstream: Engine
 ) -> None:
     record = tmp_path / "record.json"
-    options = ("--type", "Q8_0", "--batch", "1,64", "--depth", "0,64", "--json", str(record))
+    options = ("--type", "Q8_0", "--batch", "64", "--depth", "64", "--json", str(record))
     bench(*TINY, "--family", family, *options)
     (model,) = load(record)[0]["models"]
-    assert len(model["cells"]) == 4
+    assert len(model["cells"]) == 1
     shared = model["about"]["shared"]  # NMSE to patched after 64 tokens from one saved state
     assert len(shared) == 5
     assert max(shared.values()) < 0.05
@@ -93,7 +90,7 @@ def test_every_variant_of_a_family_measures_the_same_logits(
 @pytest.mark.engine
 def test_one_process_at_a_time(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
     record = tmp_path / "record.json"
-    tiny = [*TINY, "--type", "Q2_K", "--batch", "1,8", "--depth", "0,64"]
+    tiny = [*TINY, "--type", "Q2_K", "--batch", "1,8", "--depth", "64"]
     ended = bench(*tiny, "--in-turns", "--json", str(record))
     (model,) = load(record)[0]["models"]
     everything = {"patched"} | {
@@ -128,8 +125,8 @@ def test_the_demo_and_a_file_of_one_s_own(
 @pytest.mark.engine
 def test_several_sequences_decode_in_one_batch(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
     record = tmp_path / "record.json"
-    bench(*TINY, "--batch", "1", "--depth", "64", "--sequences", "1,3", "--json", str(record))
-    assert [cell["tokens"] for cell in load(record)[0]["models"][0]["cells"]] == [1, 3]
+    bench(*TINY, "--batch", "1", "--depth", "64", "--sequences", "3", "--json", str(record))
+    assert [cell["tokens"] for cell in load(record)[0]["models"][0]["cells"]] == [3]
 
 
 @pytest.mark.engine
@@ -375,16 +372,6 @@ def test_one_build_has_no_record_and_no_other_options(
     error = capsys.readouterr().err
     assert f"found {words.partition(' ')[0].partition('=')[0]};" in error and "which makes no record" in error
     assert sorted(one_build.iterdir()) == before, "nothing was measured or written"
-
-
-def test_a_server_that_does_not_start_is_one_message(tmp_path: Path) -> None:
-    program = "print('loading'); print('out of memory')"
-    with (
-        pytest.raises(EngineError, match=r"did not start: found loading \| out of memory; ") as caught,
-        running(tmp_path / "server.log", sys.executable, "-c", program),
-    ):
-        pass
-    assert "\n" not in str(caught.value)
 
 
 def test_a_page_takes_equal_cells_from_the_latest_record(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from random_checkpoint import Spec
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Silent
 from kimi_gguf.tools import drafts
+from kimi_gguf.tools.server import running
 
 
 @pytest.mark.parametrize(
@@ -122,3 +125,13 @@ def test_wrong_arguments(words: str, capsys: pytest.CaptureFixture[str]) -> None
         drafts.main(words.split())
     assert left.value.code == 2
     assert "usage: tools/run drafts" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_is_one_message(tmp_path: Path) -> None:
+    program = "print('loading'); print('out of memory')"
+    with (
+        pytest.raises(EngineError, match=r"did not start: found loading \| out of memory; ") as caught,
+        running(tmp_path / "server.log", sys.executable, "-c", program),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
