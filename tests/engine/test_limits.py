@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from small_memory import SHIM
 from kimi_gguf.convert.output.stream import CHUNK_ELEMENTS, Pace
 from kimi_gguf.engine import limits, toolchain
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.scripts import commands, kimi_llama, llama_tools
+from kimi_gguf.scripts import kimi_llama, llama_tools
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits of Linux")
 
@@ -242,14 +243,16 @@ def test_a_cache_that_runs_no_programs_is_named(
     assert "set KIMI_GGUF_CACHE" in told
 
 
-def test_without_memory_an_error_names_the_limit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def work() -> int:
-        raise MemoryError
+def test_without_memory_an_error_names_the_limit() -> None:
+    program = (
+        "from kimi_gguf.scripts import commands; exit(commands._run(lambda: lambda: bytearray(1 << 40)))"
+    )
 
-    monkeypatch.setattr(limits, "memory", lambda: limits.Limit(GIB, "ulimit -v"))
-    assert commands._run(lambda: work) == 2
-    assert (
-        "error: out of memory: 1024 MiB are available (ulimit -v); raise the limit" in capsys.readouterr().err
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (4 * GIB, 4 * GIB))
+
+    told = subprocess.run([sys.executable, "-c", program], preexec_fn=limit, capture_output=True, text=True)
+    assert told.returncode == 2
+    assert re.search(
+        r"error: out of memory: \d{4} MiB are available \(ulimit -v\); raise the limit", told.stderr
     )
