@@ -2,14 +2,14 @@
 
 Input: the series, and for each fix that has a test for upstream a file `fixes/NNNN-name.pr`:
 
-    Target: the CMake target that compiles the test; none for a Python test without a program
-    Run: the program, and its arguments; it runs in the root of the sources. `python3 FILE` runs a script there,
-      `pytest FILE` a test of the server in tools/server/tests
+    Target: the CMake target that compiles the test
+    Run: the program, and its arguments; it runs in the root of the sources
     Fails: what the program prints without the fix, or the signal that ends it
     Shows: what the test does
     Measured: the effect in figures, or that it was not measured; optional, for fixes whose message has no figures
 
-    a diff of upstream's tests/, on the pin and the fixes in `Needs:`
+    a diff of upstream's tests/, on the pin and the fixes in `Needs:`, of files that exist: upstream takes no new ones
+    without a maintainer's word
 
 Title and message come from the header of the fix. Output: the files of a folder, for each fix a patch for `git am` and
 notes for the description.
@@ -30,14 +30,13 @@ from kimi_gguf.patches.tree import Tree
 SUFFIX = ".pr"
 _FIELDS = ("Target", "Run", "Fails", "Shows")
 NO_TEST = "no upstream test yet"
-PYTHON, SERVER = "python3 ", "pytest "  # beginnings of Run
 
 
 @dataclass(frozen=True)
 class UpstreamTest:
     """A test for upstream's tests/."""
 
-    target: str  # empty if nothing is compiled
+    target: str
     run: str
     fails: str
     shows: str
@@ -48,11 +47,7 @@ class UpstreamTest:
     @property
     def commands(self) -> str:
         """What compiles and runs it in a checkout of upstream."""
-        lines = [f"cmake -B build && cmake --build build --target {self.target}"] if self.target else []
-        if self.run.startswith(SERVER):
-            lines.append(f"cd tools/server/tests && {self.run}")
-        else:
-            lines.append(self.run if self.run.startswith(PYTHON) else f"build/bin/{self.run}")
+        lines = [f"cmake -B build && cmake --build build --target {self.target}", f"build/bin/{self.run}"]
         return "\n".join(f"    {line}" for line in lines)
 
 
@@ -137,20 +132,17 @@ def load_test(path: Path) -> UpstreamTest:
     header, mark, rest = path.read_bytes().partition(b"diff --git ")
     head = header.decode()
     fields = {name: header_field(head, name) for name in _FIELDS}
-    if (fields["Run"] or "").startswith(PYTHON):
-        fields["Target"] = fields["Target"] or "none"
     missing = [name for name, value in fields.items() if not value]
     text = mark + rest
     diffs = unified.parse(text, path.name)
-    elsewhere = [each.path for each in diffs if "tests" not in each.path.split("/")]
+    elsewhere = [each.path for each in diffs if each.creates or "tests" not in each.path.split("/")]
     if missing or not diffs or elsewhere:
         raise PatchError(
             f"{path}: not the test of a pull request",
-            expected=f"the fields {', '.join(_FIELDS)} and a diff of tests/",
+            expected=f"the fields {', '.join(_FIELDS)} and a diff of files in tests/",
             found=f"no {', '.join(missing) or 'diff of tests/'}; changes of {', '.join(elsewhere) or 'nothing else'}",
         )
     target, run, fails, shows = (fields[name] or "" for name in _FIELDS)
-    target = "" if target == "none" else target
     return UpstreamTest(target, run, fails, shows, header_field(head, "Measured"), text, diffs)
 
 

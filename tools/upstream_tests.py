@@ -10,7 +10,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from kimi_gguf.engine.toolchain import cores, packaged_tool
 from kimi_gguf.patches.diff import PatchConflictError
 from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.tree import Tree
-from kimi_gguf.tools.pull_request import PYTHON, SERVER, PullRequest
-from kimi_gguf.tools.server import free_port
+from kimi_gguf.tools.pull_request import PullRequest
 
 # The tests compare values, not times: -O1 takes half of the time to compile.
 _OPTIONS = (
@@ -28,7 +26,6 @@ _OPTIONS = (
     "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_COMMIT=pin",
     "-DLLAMA_BUILD_NUMBER=0",
 )  # fmt: skip
-_NO_DOWNLOADS = "upstream_server_tests"  # a plugin in this folder
 _LONGEST = 600  # seconds for a test
 
 NEEDED = "needed: its test fails without it"
@@ -45,36 +42,22 @@ class Outcome:
 
 
 def run_test(tree: Tree, target: str, run: str, work: Path) -> Outcome:
-    """Compile the target, if there is one, from the tree in `work` and run the command in its sources.
+    """Compile the target from the tree in `work` and run the command in its sources.
 
     Raises `PatchError` if it does not compile.
     """
     tree.write_to(work / "src")
     build = work / "build"
-    if target:
-        _compile(target, work)
-    command, folder = shlex.split(run), work / "src"
-    if run.startswith(PYTHON):
-        command[0] = sys.executable
-    elif run.startswith(SERVER):
-        command = [sys.executable, "-m", *command, "-p", _NO_DOWNLOADS, "-p", "no:cacheprovider"]
-        folder /= "tools/server/tests"
-    else:
-        command[0] = str(build / "bin" / command[0])
+    _compile(target, work)
+    program, *words = shlex.split(run)
     try:
         done = subprocess.run(
-            command,
+            [build / "bin" / program, *words],
             capture_output=True,
             text=True,
             errors="replace",
-            cwd=folder,
-            env={
-                **os.environ,
-                "GGML_NO_BACKTRACE": "1",
-                "PYTHONDONTWRITEBYTECODE": "1",
-                "PORT": str(free_port()),
-                "PYTHONPATH": str(Path(__file__).parent),
-            },
+            cwd=work / "src",
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             timeout=_LONGEST,
         )
     except subprocess.TimeoutExpired:

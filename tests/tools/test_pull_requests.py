@@ -33,11 +33,11 @@ Shows: The test asks
   for the answer.
 
 diff --git a/tests/test-answer.cpp b/tests/test-answer.cpp
-new file mode 100644
---- /dev/null
+--- a/tests/test-answer.cpp
 +++ b/tests/test-answer.cpp
-@@ -0,0 +1 @@
-+int main() {}
+@@ -1 +1 @@
+-int main() {}
++int main() { return 1; }
 """
 
 
@@ -89,6 +89,8 @@ def test_the_page_lists_all() -> None:
 def tiny_request(folder: Path, test: str = TEST) -> tuple[Series, PullRequest]:
     """The pull request of the miniature's fix."""
     series = tiny_llama.make(folder).series
+    (folder / "tree/tests").mkdir()
+    (folder / "tree/tests/test-answer.cpp").write_text("int main() {}\n")
     (folder / "series/fixes/0001-answer.pr").write_text(test)
     (request,) = load_pull_requests(series, folder / "series" / FIXES)
     return series, request
@@ -110,9 +112,22 @@ def test_the_commit_contains_fix_sources_and_test(tmp_path: Path) -> None:
     assert "The test asks for the answer." in request.notes()
 
 
-def test_a_malformed_test_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(PatchError, match=r"0001-answer\.pr.*no Fails"):
-        tiny_request(tmp_path, TEST.replace("Fails: answer 1\n", ""))
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("Fails: answer 1\n", "", "no Fails"),
+        (
+            "--- a/tests/test-answer.cpp\n+++ b/tests/test-answer.cpp\n@@ -1 +1 @@\n-int main() {}\n",
+            "new file mode 100644\n--- /dev/null\n+++ b/tests/test-answer.cpp\n@@ -0,0 +1 @@\n",
+            "changes of tests/test-answer.cpp",
+        ),
+    ],
+    ids=["without a field", "new file"],
+)
+def test_a_malformed_test_is_refused_by_name(tmp_path: Path, old: str, new: str, found: str) -> None:
+    assert old in TEST
+    with pytest.raises(PatchError, match=rf"0001-answer\.pr.*{found}"):
+        tiny_request(tmp_path, TEST.replace(old, new))
 
 
 @pytest.mark.parametrize(
