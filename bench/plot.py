@@ -6,6 +6,7 @@ Input: cells by model. Output: an SVG with text as text; equal cells give an equ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +18,65 @@ PANELS = (
     ("2 to 256 tokens at once", 2, 257),
     ("more than 256", 257, float("inf")),
 )
+WIDTH, GAP, ROW, TOP, LETTER = 190, 20, 20, 24, 6.2  # pixels; LETTER: the width of a character of a name
+AXIS = "times as fast as the best variant of upstream"
 
 
 def draw(models: Mapping[str, Sequence[dict[str, Any]]], file: Path) -> None:
     """Write the SVG: a row for each model, a dot for each cell, coloured by depth."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams |= {"svg.hashsalt": "kimi-gguf", "svg.fonttype": "none"}
-    cells = [(_shown(name), cell) for name, several in models.items() for cell in several]
+    cells = [(row, cell) for row, several in enumerate(models.values()) for cell in several]
     depths = sorted({cell["depth"] for _, cell in cells})
-    panels = [
-        (title, [(name, cell) for name, cell in cells if least <= cell["tokens"] < end])
-        for title, least, end in PANELS
+    colours = {depth: COLOURS[i % len(COLOURS)] for i, depth in enumerate(depths)}
+    names = [name[:MOST_NAME].encode("utf-8", "replace").decode() for name in models]
+    left, bottom = 16 + LETTER * max(map(len, names)), TOP + ROW * len(names)
+    parts = [_text(left - 8, TOP + ROW * (i + 0.7), name, "end") for i, name in enumerate(names)]
+    for title, least, end in PANELS:
+        if inside := [(row, cell) for row, cell in cells if least <= cell["tokens"] < end]:
+            parts += [
+                _text(left + WIDTH / 2, TOP - 8, title, "middle"),
+                *_panel(inside, left, bottom, colours),
+            ]
+            left += WIDTH + GAP
+    for i, (depth, colour) in enumerate(colours.items()):
+        parts += [
+            _dot(left, TOP + ROW * (i + 0.5), colour),
+            _text(left + 8, TOP + ROW * (i + 0.7), f"depth {depth}"),
+        ]
+    width, height = left + 90, max(bottom, TOP + ROW * len(depths)) + 44
+    parts.append(_text(width / 2, height - 8, AXIS, "middle"))
+    frame = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" font-family="sans-serif" '
+    content = [
+        f'{frame}font-size="11">',
+        f'<rect width="{width:g}" height="{height:g}" fill="#ffffff"/>',
+        *parts,
     ]
-    panels = [(title, inside) for title, inside in panels if inside]
-    size = (10, 1.2 + 0.26 * len(models))
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axes, (title, inside) in zip(grid[0], panels, strict=True):
-        axes.scatter(
-            [1.0] * len(models), [_shown(name) for name in models], s=0
-        )  # a row for each model, in the order of the page
-        for depth, colour in zip(depths, COLOURS * len(depths), strict=False):
-            points = [(cell["ratio"], name) for name, cell in inside if cell["depth"] == depth]
-            ratios, names = [ratio for ratio, _ in points], [name for _, name in points]
-            axes.scatter(ratios, names, s=12, color=colour, alpha=0.7, label=f"depth {depth}")
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlim(left=0)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-    grid[0][0].invert_yaxis()
-    figure.supxlabel("times as fast as the best variant of upstream", fontsize=9)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    plt.close(figure)
+    file.write_text("\n".join([*content, "</svg>\n"]))
 
 
-def _shown(name: str) -> str:
-    """A model's name without what matplotlib takes for mathematics or cannot write; long ones are cut."""
-    return name[:MOST_NAME].encode("utf-8", "replace").decode().replace("$", r"\$")
+def _panel(
+    cells: Sequence[tuple[int, dict[str, Any]]], left: float, bottom: float, colours: Mapping[int, str]
+) -> list[str]:
+    """The dots of a panel with its axis, from 0 to beyond the largest ratio. cells: with the number of their row."""
+    most = max(1.0, *(cell["ratio"] for _, cell in cells)) * 1.05
+    step = next(step for step in (0.5, 1, 2, 5, 10, 20, 50, 1e9) if most / step <= 6)
+    parts = [f'<path d="M{left:g} {TOP}h{WIDTH}V{bottom:g}h-{WIDTH}z" fill="none" stroke="#000000"/>']
+    for i in range(int(most / step) + 1):
+        x = left + WIDTH * i * step / most
+        parts += [_line(x, bottom, "#dddddd"), _text(x, bottom + 14, f"{i * step:g}", "middle")]
+    parts.append(_line(left + WIDTH / most, bottom, "#000000"))
+    for row, cell in cells:
+        x, y = left + WIDTH * cell["ratio"] / most, TOP + ROW * (row + 0.5)
+        parts.append(_dot(x, y, colours[cell["depth"]]))
+    return parts
+
+
+def _line(x: float, bottom: float, colour: str) -> str:
+    return f'<path d="M{x:.1f} {TOP}V{bottom:g}" stroke="{colour}"/>'
+
+
+def _dot(x: float, y: float, colour: str) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:g}" r="2.5" fill="{colour}" fill-opacity="0.7"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -6,14 +6,14 @@ A file: schema, machine, engines (facts of each build), records. A record: comma
 CPU), checkout (this project's commit), engines, switch (KIMI_OPS of patched), libraries (used instead of patched's, or
 null), limits (peak rates, by threads or of the device), models [{name, architecture, bytes, about, cells}], operators,
 device_operators, matmuls, hybrid. A cell has its options, samples in seconds of one decode, medians and spreads, and
-its floor: the least time on the roofline.
+its floor: the least time on the roofline. A machine's file (--record) has only what pages show.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,8 @@ from kimi_gguf.engine.errors import EngineError, reason
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 
 SCHEMA = 1
+# Keys that only a run's own record (--json) has, because no page shows them. Pages show the samples of turns.
+_NOT_SHOWN = frozenset({"samples", "ruled_out", "steps", "shared", "macs", "upstream_share"})
 _PARTS = {"command": str, "created": str, "machine": dict, "engines": dict, "limits": list, "models": list}
 _AGAIN = "measure again"
 
@@ -178,7 +180,19 @@ def add(record: Data, file: Path) -> None:
     there = load(file) if file.exists() else []
     for other in there[:1]:
         check_machine(other, record, file)
-    save([*(other for other in there if _measured(other) != _measured(record)), record], file)
+    kept = (other for other in there if _measured(other) != _measured(record))
+    save([*kept, for_pages(record)], file)
+
+
+def for_pages(part: Any, left_out: Set[str] = _NOT_SHOWN) -> Any:
+    """A record, or a part of it, without the keys that no page shows."""
+    if isinstance(part, list):
+        return [for_pages(value, left_out) for value in part]
+    if not isinstance(part, dict):
+        return part
+    if part.get("about", {}).get("resident"):
+        left_out = left_out - {"samples"}
+    return {key: for_pages(value, left_out) for key, value in part.items() if key not in left_out}
 
 
 def _measured(record: Data) -> tuple[Any, ...]:

@@ -9,7 +9,6 @@ and the command. The folder's file `stages.state` has both for every finished st
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shlex
@@ -252,13 +251,8 @@ class Campaign:
         print(f"bench-gpu: {operator}: {passed} tests passed, {text.count('not supported')} not supported")
 
     def draw(self, records: Sequence[Path]) -> None:
-        """Write the page, if this Python can draw."""
+        """Write the page."""
         words = ["bench", "--records", *map(str, records), "--page", str(self.place.page)]
-        if importlib.util.find_spec("matplotlib") is None:
-            print(
-                f"bench-gpu: no matplotlib here; draw the page elsewhere: {shlex.join(['kimi-llama', *words])}"
-            )
-            return
         call([sys.executable, "-P", "-m", "kimi_gguf.scripts.kimi_llama", *words], LIMIT, "page")
         print(f"bench-gpu: see {self.place.page}")
 
