@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kimi_gguf.bench import report
-from kimi_gguf.bench.aims import aims_table
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.bench.hybrid import MILLION, NAMES, extrapolated
 from kimi_gguf.bench.matmuls import K
@@ -172,8 +171,6 @@ def write_page(
     title = title or (f"Bench on {device['description']}" if device else "Bench")
     parts = [f"# {title}\n", introduction(last, records, manifest, method)]
     groups = by_libraries(records)
-    if device and None in groups:
-        parts.append("## Goals\n\n" + markdown(aims_table(groups[None])))
     limits = {each["threads"]: each for record in records for each in record["limits"]}
     if device and limits:
         table = report.device_peaks_table(next(iter(limits.values())))

@@ -121,21 +121,13 @@ class Requests:
         return {}
 
     def time(
-        self,
-        name: str,
-        batch: int,
-        steps: int,
-        warm: int,
-        threads: int,
-        back: bool = True,
-        all_logits: bool = False,
+        self, name: str, batch: int, steps: int, warm: int, threads: int, back: bool = True
     ) -> dict[str, Any]:
         """Seconds of each of `steps` decodes of `batch` tokens per sequence, after the kept state.
 
         warm: untimed decodes before them. back: restore the state first; otherwise continue at the current position.
-        all_logits: of every token, as for drafted tokens; otherwise of the last one, as in a prompt.
         """
-        return {"seconds": self._contexts[name].time(batch, steps, warm, threads, back, all_logits)}
+        return {"seconds": self._contexts[name].time(batch, steps, warm, threads, back)}
 
     def logits(self, name: str, threads: int, file: str, empty: bool) -> dict[str, Any]:
         """Save the logits of one more token of the first sequence as .npy.
@@ -191,16 +183,14 @@ class BenchContext(Context):
             progress(self._at, depth)
         self.states, self.depth = [self.save(sequence) for sequence in range(self.sequences)], depth
 
-    def time(
-        self, batch: int, steps: int, warm: int, threads: int, back: bool, all_logits: bool
-    ) -> list[float]:
+    def time(self, batch: int, steps: int, warm: int, threads: int, back: bool) -> list[float]:
         """See Requests.time."""
         self.set_threads(threads)
         if back:
             self.put_back()
         seconds = []
         for _ in range(warm + steps):
-            self._next(batch, all_logits)
+            self._next(batch)
             began = time.perf_counter()
             self.run()
             seconds.append(time.perf_counter() - began)
@@ -224,9 +214,9 @@ class BenchContext(Context):
             self.put_back()
         return row
 
-    def _next(self, count: int, all_logits: bool = False) -> None:
+    def _next(self, count: int) -> None:
         """Add the next `count` tokens of every sequence to the batch; as in a prompt, only the last has logits."""
-        ids, wanted = self._ids, None if all_logits else range(count - 1, count * self.sequences, count)
+        ids, wanted = self._ids, range(count - 1, count * self.sequences, count)
         tokens = [
             (sequence, self._at + i, ids[(self._at + i + 1000 * sequence) % len(ids)])
             for sequence in range(self.sequences)

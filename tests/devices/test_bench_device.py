@@ -12,7 +12,6 @@ from bench_case import TINY, bench, record
 from native_program import ROOT, compile_backend
 
 from kimi_gguf.bench import device as devices
-from kimi_gguf.bench.aims import aims_table
 from kimi_gguf.bench.device_operators import matmul_case, operator_number, parsed, recurrence_case
 from kimi_gguf.bench.models import bench_folder
 from kimi_gguf.bench.page import device_operators_tables, write_page
@@ -134,7 +133,7 @@ def test_bench_gpu_tests_and_times_operators_and_writes_a_page(
         passed, _, total = line.split()[2].partition("/")
         assert passed == total and int(passed) > 3 and "0 not supported" in line
     page = (out / "bench-gpu.md").read_text()
-    headings = ("## Goals", "## Peak rates of the device", "KDA_SCAN: head_size")
+    headings = ("## Peak rates of the device", "KDA_SCAN: head_size")
     for part in (*headings, "| pp150 at 64 |", "| tg at 96, q8_0 cache |"):
         assert part in page
     rows = [row for file in out.glob("times-*.json") for row in load(file)[0]["device_operators"]]
@@ -239,63 +238,6 @@ def on_device(ratio: float, **cell: Any) -> dict[str, Any]:
     made |= {"device": DEVICE, "checkout": "abc", "device_operators": []}
     made["models"][0]["cells"][0] |= {"device": "CUDA0", "ubatch": 512, "floor": None, **cell}
     return made
-
-
-def test_goals_are_compared_with_the_worst_cell() -> None:
-    open_ones = [row for row in aims_table([on_device(2.0)]) if row[3] == "open"]
-    assert len(open_ones) == 3, "decoding alone was measured"
-    records = [
-        on_device(3.5, batch=8192), on_device(2.5, batch=512, depth=8192), on_device(1.6),
-        on_device(0.9, batch=8), on_device(2.0, depth=65536), on_device(4.0, depth=65536, cache_type="q8_0"),
-        on_device(1.0, depth=4096, cache_type="q8_0"),
-    ]  # fmt: skip
-    shape = "head_size=128,head_count=32,n_seq_tokens=8192,n_seqs=1,n_snapshots=1"
-    records[0]["device_operators"] = [
-        {"operator": "KDA_SCAN", "parameters": shape, "upstream": None, "patched": 990.0}
-    ]
-    kda, prefill, decoding, everywhere, quantised = aims_table(records)[1:]
-    assert kda[2:] == ("0.99 ms", "yes")
-    assert prefill[2:] == ("2.50 × (pp512 at 8192)", "no")
-    assert decoding[2:] == ("1.00 × (tg at 4096, q8_0 cache)", "no")
-    assert everywhere[2:] == ("0.90 × (pp8 at 0)", "no")
-    assert quantised[2:] == ("2.00 × (tg at 65536, q8_0 cache)", "yes")
-
-
-def test_goals_are_compared_with_the_latest_of_equal_cells() -> None:
-    old, new = on_device(0.5), on_device(2.0) | {"created": "2026-01-02"}
-    case = {"operator": "KDA_SCAN", "upstream": None,
-            "parameters": "head_size=128,head_count=32,n_seq_tokens=8192,n_seqs=1,"}  # fmt: skip
-    old["device_operators"], new["device_operators"] = (
-        [case | {"patched": 2000.0}],
-        [case | {"patched": 900.0}],
-    )
-    for records in ([old, new], [new, old]):
-        kda, _, decoding, everywhere, _ = aims_table(records)[1:]
-        assert (kda[2], decoding[2], everywhere[2]) == ("0.90 ms", "2.00 × (tg at 0)", "2.00 × (tg at 0)")
-
-
-def test_caches_are_compared_in_one_model() -> None:
-    records = [on_device(2.0, depth=65536), on_device(3.0, depth=65536, cache_type="q8_0")]
-    assert aims_table(records)[-1][2] == "1.50 × (tg at 65536, q8_0 cache)"
-    records[1]["models"][0]["name"] = "other"
-    assert aims_table(records)[-1][2] == "not measured"
-
-
-def test_apple_gpus_have_goals_of_their_own() -> None:
-    records = [
-        on_device(1.3),
-        on_device(1.4, depth=16384),
-        on_device(1.1, batch=512),
-        on_device(0.9, batch=8),
-    ]
-    for each in records:
-        each["device"] = DEVICE | {"backend": "metal"}
-    decode, deep_decode, prefill, deep_prefill, everywhere = aims_table(records)[1:]
-    assert decode[1:] == ("1.25 ×", "1.30 × (tg at 0)", "yes")
-    assert deep_decode[1:] == ("1.5 ×", "1.40 × (tg at 16384)", "no")
-    assert prefill[1:] == ("1 ×", "1.10 × (pp512 at 0)", "yes")
-    assert deep_prefill[1:] == ("1.3 ×", "not measured", "open")
-    assert everywhere[1:] == ("1 ×", "0.90 × (pp8 at 0)", "no")
 
 
 def test_a_page_names_the_device_and_leaves_out_what_is_not_known(tmp_path: Path) -> None:
