@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf_file import write_gguf
 
 from kimi_gguf.bench import models
 from kimi_gguf.bench.cells import Cell
@@ -288,6 +289,9 @@ def test_an_mtp_layer_does_not_count_because_it_does_not_run() -> None:
     assert demand(of_tensors(names + added, sizes | {"block_count": 12}), cell).nbytes > without.nbytes
 
 
+EMBEDDING = {"token_embd.weight": np.zeros((4, 4), np.float32)}
+
+
 @pytest.mark.parametrize(
     ("name", "number", "expected"),
     [
@@ -304,28 +308,12 @@ def test_an_mtp_layer_does_not_count_because_it_does_not_run() -> None:
 def test_a_model_s_name_has_its_type(
     name: str | None, number: int | None, expected: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "file.gguf"
-    writer = gguf.GGUFWriter(path, "kimi-linear")
-    if name is not None:
-        writer.add_name(name)
-    if number is not None:
-        writer.add_file_type(number)
-    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert open_model(path).name == expected
+    keys = {key: value for key, value in (("name", name), ("file_type", number)) if value is not None}
+    assert open_model(write_gguf(tmp_path / "file.gguf", tensors=EMBEDDING, **keys)).name == expected
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    other = tmp_path / "other.gguf"
-    writer = gguf.GGUFWriter(other, "llama")
-    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    other = write_gguf(tmp_path / "other.gguf", "llama", EMBEDDING)
     with pytest.raises(EngineError, match=r"(?s)other\.gguf.*kimi-linear.*llama"):
         open_model(other)
     (tmp_path / "cut.gguf").write_bytes(other.read_bytes()[:40])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_llama
 from selection import some_of
+from shell_program import write_program
 from tiny_llama import call
 
 from kimi_gguf.engine import doctor, toolchain
@@ -59,11 +60,9 @@ def add(
     manifest |= {"backends": [backend, "cpu"] if backend == "cuda" else [backend], "cpu": processor(backend)}
     manifest |= {} if variables is None else {"environment": variables}
     place = tiny.cache.engines / key
-    (place / "bin").mkdir(parents=True)
-    (place / "manifest.json").write_text(json.dumps(manifest))
     for program in ("llama-completion", "llama-cli"):
-        (place / "bin" / program).write_text(f"#!/bin/sh\necho {key}\n")
-        (place / "bin" / program).chmod(0o755)
+        write_program(place / "bin" / program, f"echo {key}")
+    (place / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture
@@ -102,9 +101,6 @@ def test_each_way_names_a_build_and_the_nearer_one_wins(folder: Path, name: str)
     assert path_of(folder, "--build", others[1], KIMI_BUILD=others[0]) == others[1]
     assert call(folder, "use", "cpu").returncode == 0
     assert path_of(folder) == "cpu"
-
-
-def test_a_gpus_build_is_named_by_its_backend(folder: Path) -> None:
     assert path_of(folder, "--backend", "cuda") == "cuda"
 
 
@@ -238,10 +234,7 @@ def test_one_line_at_start_up_says_which_build_runs(folder: Path, name: str, kin
 
 
 def test_a_gpu_build_without_a_device_is_not_well(tmp_path: Path) -> None:
-    program = tmp_path / "bin" / "llama-cli"
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\nprintf 'Available devices:\n  (none)\n'\n")
-    program.chmod(0o755)
+    write_program(tmp_path / "bin" / "llama-cli", "printf 'Available devices:\n  (none)\n'")
     assert list_devices(Engine("key", tmp_path, False, ("cpu",), {})) == "CPU"
     with pytest.raises(EngineError, match="built for cuda, but there is no device"):
         list_devices(Engine("key", tmp_path, False, ("cuda",), {}))
@@ -252,10 +245,7 @@ CHECKED = f"device\\tGPU0 (a GPU)\\ndriver\\t1\\nbuild\\tb\\nstarted\\t0.5\\nche
 
 
 def verifier(folder: Path, key: str, script: str) -> Path:
-    program = tiny_llama.load(folder).cache.engines / key / "bin" / VERIFY
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    return program
+    return write_program(tiny_llama.load(folder).cache.engines / key / "bin" / VERIFY, script)
 
 
 def test_doctor_shows_first_what_failed_and_the_build_that_runs(folder: Path) -> None:
@@ -316,8 +306,7 @@ def test_doctor_marks_a_toolkit_that_is_incomplete(
 ) -> None:
     nvcc = folder / "nvcc"
     if script:
-        nvcc.write_text(f"#!/bin/sh\n[ $1 != --version ] || echo release 13\n{script}\n")
-        nvcc.chmod(0o755)
+        write_program(nvcc, f"[ $1 != --version ] || echo release 13\n{script}")
     (line,) = (
         each for each in call(folder, "doctor", CUDACXX=str(nvcc)).stdout.splitlines() if "CUDA" in each
     )
@@ -446,17 +435,15 @@ def test_the_compiler_behind_a_launcher_is_in_the_key(
 ) -> None:
     """With its assembler and linker. An upgrade of it would otherwise not make another build."""
     forget(monkeypatch)
-    (tmp_path / "ccache").write_text('#!/bin/sh\nexec "$@"\n')
+    write_program(tmp_path / "ccache", 'exec "$@"')
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     keys = set()
     for version in ("Mine 1.0", "Mine 2.0"):
         toolchain._version.cache_clear()  # another process
         for tool in ("as", "ld"):
-            (tmp_path / f"my-{tool}").write_text(f"#!/bin/sh\necho {tool} of {version}\n")
+            write_program(tmp_path / f"my-{tool}", f"echo {tool} of {version}")
         tell = f'case "$1" in --version) echo {version};; *-name=*) echo {tmp_path}/my-${{1#*-name=}};; esac'
-        (tmp_path / "mine").write_text(f"#!/bin/sh\n{tell}\n")
-        for program in tmp_path.iterdir():
-            program.chmod(0o755)
+        write_program(tmp_path / "mine", tell)
         monkeypatch.setenv("CXX", f"{launcher} mine")
         spec = make_build_spec()
         assert dict(spec.compilers)["C++"].version == version
@@ -488,9 +475,7 @@ def test_another_assembler_or_linker_changes_the_key(tmp_path: Path, monkeypatch
     key = make_build_spec().key
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     for tool in ("as", "ld"):
-        program = tmp_path / tool
-        program.write_text("#!/bin/sh\necho Another 99.0\n")
-        program.chmod(0o755)
+        program = write_program(tmp_path / tool, "echo Another 99.0")
         spec = make_build_spec()
         assert "Another 99.0" in spec.binutils and spec.key != key
         program.unlink()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFWriter
+from gguf_file import write_gguf
 
 from kimi_gguf.engine.gguf import GgufError, GgufFile, key_of
 from kimi_gguf.engine.tensor_names import layer_of, without_layer
@@ -17,13 +18,7 @@ VALUES = np.arange(1000, dtype=np.float32)
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    writer = GGUFWriter(tmp_path / "model.gguf", "kimi-linear")
-    writer.add_tensor("weight", VALUES)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tmp_path / "model.gguf"
+    return write_gguf(tmp_path / "model.gguf", tensors={"weight": VALUES})
 
 
 @pytest.mark.parametrize(

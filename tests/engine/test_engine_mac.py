@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shell_program import write_program
 
 from kimi_gguf.convert.output.growing import Growing
 from kimi_gguf.engine import toolchain
@@ -50,9 +51,8 @@ def test_facts_name_the_chip_and_the_version_of_macos() -> None:
 
 def test_a_compiler_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS has /usr/bin/c++ without the tools, too; it only prints an error."""
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'xcode-select: error: no developer tools were found' >&2\nexit 1\n")
-    compiler.chmod(0o755)
+    fails = "echo 'xcode-select: error: no developer tools were found' >&2; exit 1"
+    compiler = write_program(tmp_path / "c++", fails)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(EngineError, match=r"xcode-select --install"):
         toolchain.find_compilers("cpu")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_llama
 from gguf import GGUFReader
+from shell_program import write_program
 from tiny_llama import call
 
 from kimi_gguf.engine.builds import Engine
@@ -19,7 +20,7 @@ from kimi_gguf.engine.gguf_split import DELETE, DRY_RUN, MERGE, OPTIONS, check_a
 from kimi_gguf.scripts import kimi_llama
 
 # In place of the programs: `last` is the last word, for all of them the output.
-PROGRAM = """#!/bin/sh
+PROGRAM = """\
 for last; do :; done
 echo "$@"
 """
@@ -35,9 +36,7 @@ def with_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
     (tmp_path / "model.gguf").write_bytes(tiny_llama.NO_TENSORS)
 
     def write(name: str, does: str) -> Path:
-        path = Path(call(tmp_path, "path").stdout.rstrip("\n"), "bin", name)
-        path.write_text(PROGRAM + does)
-        path.chmod(0o755)
+        write_program(Path(call(tmp_path, "path").stdout.rstrip("\n"), "bin", name), PROGRAM + does)
         return tmp_path
 
     return write

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from shell_program import write_program
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.quantize import OPTIONS, quantize
 
 # In place of llama-quantize. Its arguments are added to the file `arguments` next to it.
-PROGRAM = """#!/bin/sh
+PROGRAM = """\
 printf '%s\\n' "$@" > "${0%/*}/arguments"
 while [ "${1#--}" != "$1" ]; do shift; done
 """
@@ -36,12 +37,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def program(folder: Path, does: str) -> Path:
-    place = folder / "programs"
-    place.mkdir()
-    path = place / "llama-quantize"
-    path.write_text(PROGRAM + does)
-    path.chmod(0o755)
-    return path
+    return write_program(folder / "programs" / "llama-quantize", PROGRAM + does)
 
 
 def seen_by(path: Path) -> list[str]:
@@ -143,8 +139,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(model: Path, tmp_path: Pa
     interrupted(tmp_path, model, signal.SIGKILL)
     (tmp_path / ".other.gguf.unfinished-x").mkdir()
     assert len(names(tmp_path)) == 3
-    run = tmp_path / "programs" / "llama-quantize"
-    run.write_text(PROGRAM + WRITES)
+    run = program(tmp_path, WRITES)
     assert quantize(run, model, [str(tmp_path / "out.gguf"), "Q8_0"]) == 0
     assert names(tmp_path) == {"in.gguf", "out.gguf", ".other.gguf.unfinished-x"}
 

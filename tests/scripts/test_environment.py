@@ -10,16 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from shell_program import write_program
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = "build,validate,hub"  # as in README.md
-
-
-def write_program(path: Path, text: str) -> None:
-    """A shell script."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
 
 
 def install(folder: Path, extras: str, maker: str = sys.executable) -> None:
