@@ -1,8 +1,8 @@
-"""Measure the demo checkpoint for docs/measurements.md and the README's picture.
+"""Measure the demo checkpoint for docs/measurements.md.
 
     tools/run figures
 
-Input: demo/. Output: docs/measurements.md and docs/demo-error.svg. Each type is converted and validated with the
+Input: demo/. Output: docs/measurements.md. Each type is converted and validated with the
 project's own commands, with patched and upstream llama.cpp on the same file.
 """
 
@@ -10,21 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
 TYPES = ("F32", "F16", "BF16", "Q8_0")
 TOKENS = 2048
-BLOCK = 16  # positions
 ROW = "| {type} | {run} | {build} | {nmse:.1e} | {nmse_median:.1e} | {nmse_worst:.1e} | {kld_mean:.1e} | {kld_p99:.1e} | {kld_max:.1e} | {top1:.2%} | {top5:.2%} | {ppl_test:.3f} | {other} |"  # noqa: E501
 HEADER = """\
 | weights | run | llama.cpp | NMSE | median | worst position | KLD mean | 99 % | max | top-1 | top-5 | perplexity | expert mismatches |
@@ -47,9 +40,7 @@ experts than the reference in at least one layer: these few positions cause most
 floor (the same file with ubatches of {n_ubatch}) is NMSE {floor:.1e} for F32. Hashes, options and the error at every
 position are in the JSON report that `validate-kimi` writes.
 
-{table}
-![NMSE of patched and upstream by position](demo-error.svg)
-"""
+{table}"""
 
 Report = dict[str, Any]
 
@@ -89,23 +80,6 @@ def table(reports: dict[str, Report]) -> str:
     return HEADER + "\n".join(rows) + "\n"
 
 
-def draw(report: Report, file: Path) -> None:
-    """NMSE by position, F32 weights and cache, flash attention on: the median of each block of positions."""
-    plt.rcParams |= {"svg.hashsalt": "kimi-gguf", "svg.fonttype": "none"}
-    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    for (build, runs), colour in zip(builds(report).items(), ("#1f6fb2", "#e08a2c"), strict=True):
-        run = next(run for run in runs if run["variant"]["key"] == "flash")
-        errors = run["per_position"]["nmse"]
-        starts = range(0, len(errors), BLOCK)
-        medians = [statistics.median(errors[start : start + BLOCK]) for start in starts]
-        axes.semilogy(starts, medians, color=colour, linewidth=0.8, label=f"{build} llama.cpp")
-    axes.set(xlabel="position", ylabel=f"NMSE of the logits, median of {BLOCK} positions")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center right")
-    axes.set_title("The demo checkpoint as F32 GGUF, F32 cache, flash attention", fontsize=10)
-    figure.savefig(file, metadata={"Date": None})
-
-
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description="Measure the demo and write docs/measurements.md.")
@@ -133,7 +107,6 @@ def main() -> None:
         table=table(reports),
     )
     (args.docs / "measurements.md").write_text(page)
-    draw(exact, args.docs / "demo-error.svg")
 
 
 if __name__ == "__main__":

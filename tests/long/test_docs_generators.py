@@ -26,7 +26,6 @@ def test_measurements_of_the_demo_are_written(tmp_path: Path) -> None:
     python("tools/figures.py", "--docs", tmp_path, "--tokens", 16)
     page = (tmp_path / "measurements.md").read_text()
     assert [page.count(f"\n| {kind} | ") for kind in ("F32", "F16", "BF16", "Q8_0")] == [6, 4, 4, 4]
-    assert "<svg" in (tmp_path / "demo-error.svg").read_text()
 
 
 @pytest.mark.engine
