@@ -211,6 +211,24 @@ def test_records_are_added_to_a_machine_s_file(tmp_path: Path) -> None:
     assert load(file) == [one, two]
 
 
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_a_machine_s_file_has_what_pages_show(in_turns: bool, tmp_path: Path) -> None:
+    """The table of turns needs samples; all else that only the record of a run has is left out."""
+    one = record("2026-01-01", 2.0)
+    (model,) = one["models"]
+    model["about"] |= {
+        "resident": {"patched": {"private": 1}} if in_turns else {},
+        "shared": {"patched": 0.0},
+    }
+    model["cells"][0] |= {"samples": {"patched": [0.1]}, "steps": 3}
+    add(one, tmp_path / "machine.json")
+    (kept,) = load(tmp_path / "machine.json")[0]["models"]
+    assert model["about"].keys() - kept["about"].keys() == {"shared"}
+    assert model["cells"][0].keys() - kept["cells"][0].keys() == {"steps"} | (
+        {"samples"} - {"samples" * in_turns}
+    )
+
+
 @pytest.mark.parametrize("changed", ["nothing", "libraries", "name", "bytes"])
 def test_a_record_replaces_one_of_the_same_command_model_and_libraries(changed: str, tmp_path: Path) -> None:
     file = tmp_path / "machine.json"

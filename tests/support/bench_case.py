@@ -32,7 +32,7 @@ def record(created: str, ratio: float, depth: int = 0) -> dict[str, Any]:
         "floor": {"share": 0.5, "bound": "memory", "seconds": 0.05, "limits": rates}, "others": 0.0,
     }  # fmt: skip
     about: dict[str, Any] = {
-        "load": {}, "contexts": {}, "shared": {}, "fallbacks": {}, "left_out": {}, "not_measured": [], "resident": {},
+        "load": {}, "contexts": {}, "fallbacks": {}, "left_out": {}, "not_measured": [], "resident": {},
         "peaks": [], "read": {},
     }  # fmt: skip
     engine = {
