@@ -305,7 +305,7 @@ def measure_cell(cell: Cell, places: Mapping[Variant, tuple[Runner, str]], setti
     else:
         sampler.forget()
     deadline = time.monotonic() + settings.cell_seconds
-    while not all(stable(each) for each in samples.values()):
+    while not all(stable(seconds) for seconds in samples.values()):
         done = len(samples[PATCHED.name])
         if time.monotonic() >= deadline and done >= 2:
             break
@@ -346,7 +346,9 @@ class Sampler:
 
     def others(self) -> float | None:
         """Average number of processors that other work used during the samples; None: unknown."""
-        known = [(each.disturbance, each.took) for each in self._taken if each.disturbance is not None]
+        known = [
+            (attempt.disturbance, attempt.took) for attempt in self._taken if attempt.disturbance is not None
+        ]
         return sum(work for work, _ in known) / sum(took for _, took in known) if known else None
 
 

@@ -30,9 +30,9 @@ _QUICK, _GRID, _GPU_QUICK, _GPU_GRID = (
 )
 
 _FAMILIES = "".join(
-    f"  {name:<16}{each.architecture:<13}{each.layers:>3} layers, {each.experts:>3} experts: {each.description}\n"
-    for name, each in FAMILIES.items()
-    if each.comparable
+    f"  {name:<16}{model.architecture:<13}{model.layers:>3} layers, {model.experts:>3} experts: {model.description}\n"
+    for name, model in FAMILIES.items()
+    if model.comparable
 )
 
 EXAMPLES = f"""\
@@ -164,10 +164,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def number(text: str, most: int | None = None) -> int:
     """A whole number from 1 on, and up to `most` if there is a limit."""
     try:
-        (found,) = numbers(1, most)(text)
+        (value,) = numbers(1, most)(text)
     except (argparse.ArgumentTypeError, ValueError):
         raise argparse.ArgumentTypeError(f"{text!r}: expected one number {_range(1, most)}") from None
-    return found
+    return value
 
 
 def numbers(least: int, most: int | None = None) -> Callable[[str], tuple[int, ...]]:
@@ -175,14 +175,14 @@ def numbers(least: int, most: int | None = None) -> Callable[[str], tuple[int, .
 
     def read(text: str) -> tuple[int, ...]:
         try:
-            found = tuple(int(word) for word in text.split(","))
+            values = tuple(int(word) for word in text.split(","))
         except ValueError:
-            found = ()
-        if not found or min(found) < least or (most is not None and max(found) > most):
+            values = ()
+        if not values or min(values) < least or (most is not None and max(values) > most):
             raise argparse.ArgumentTypeError(
                 f"{text!r}: expected whole numbers {_range(least, most)}, separated by commas"
             )
-        return found
+        return values
 
     return read
 
@@ -195,11 +195,11 @@ def words(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     """A reader of words out of `allowed`, separated by commas."""
 
     def read(text: str) -> tuple[str, ...]:
-        found = tuple(text.split(","))
-        for word in found:
+        chosen = tuple(text.split(","))
+        for word in chosen:
             if word not in allowed:
                 raise argparse.ArgumentTypeError(f"{word!r}: expected one of {', '.join(allowed)}")
-        return found
+        return chosen
 
     return read
 
@@ -213,9 +213,9 @@ def cache_types(text: str) -> tuple[str, ...]:
 def seconds(text: str) -> float:
     """A positive time."""
     try:
-        found = float(text)
+        value = float(text)
     except ValueError:
-        found = 0.0
-    if not 0 < found < math.inf:
+        value = 0.0
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, more than 0")
-    return found
+    return value

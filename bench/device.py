@@ -32,14 +32,14 @@ class Device:
 def find_device(backend: str, environment: Mapping[str, str], wanted: str | None) -> Device:
     """The named device, or the first one. environment: of the build. Raises `EngineError`."""
     with Runner(backend, environment) as process:
-        there = [each for each in process.ask("devices")["devices"] if each["kind"] in GPUS]
-    for each in there:
-        if wanted in (None, each["name"]):
-            facts = {key: each[key] for key in ("name", "description", "memory", "free")}
+        there = [device for device in process.ask("devices")["devices"] if device["kind"] in GPUS]
+    for device in there:
+        if wanted in (None, device["name"]):
+            facts = {key: device[key] for key in ("name", "description", "memory", "free")}
             return Device(backend=backend, driver=driver_of(backend), **facts)
     raise EngineError(
         f"no device {wanted}" if wanted else f"no {backend} device",
-        found=", ".join(each["name"] for each in there) or "none",
+        found=", ".join(device["name"] for device in there) or "none",
         todo="choose one of these with --device"
         if there
         else "check the driver; kimi-llama doctor shows the devices",
@@ -53,8 +53,8 @@ def driver_of(backend: str) -> str | None:
         return f"NVIDIA {lines[0]}" if lines else None
     if backend == "vulkan":
         lines = _output_lines("vulkaninfo", "--summary")
-        found = [line.partition("=")[2].strip() for line in lines if line.strip().startswith("driverInfo")]
-        return found[0] if found else None
+        drivers = [line.partition("=")[2].strip() for line in lines if line.strip().startswith("driverInfo")]
+        return drivers[0] if drivers else None
     return f"macOS {platform.mac_ver()[0]}" if backend == "metal" else None
 
 

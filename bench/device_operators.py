@@ -138,11 +138,11 @@ def parsed(text: str) -> dict[tuple[str, str], float]:
     return found
 
 
-def _rows(found: Mapping[str, Mapping[tuple[str, str], float]]) -> list[dict[str, Any]]:
+def _rows(by_build: Mapping[str, Mapping[tuple[str, str], float]]) -> list[dict[str, Any]]:
     """A row for each case that a build supports, in the order of the program."""
-    cases = dict.fromkeys(case for build in ("patched", "upstream") for case in found[build])
+    cases = dict.fromkeys(case for build in ("patched", "upstream") for case in by_build[build])
     return [
         {"operator": operator, "parameters": parameters}
-        | {build: times.get((operator, parameters)) for build, times in found.items()}
+        | {build: times.get((operator, parameters)) for build, times in by_build.items()}
         for operator, parameters in cases
     ]

@@ -65,7 +65,7 @@ def measure_in_turns(
     order = [*processes, *reversed(processes)] * settings.rounds
     for turn, process in enumerate(order):
         for cell in cells:
-            mine = [each for each in variants(cell, chosen) if each.process == process]
+            mine = [variant for variant in variants(cell, chosen) if variant.process == process]
             for variant in mine:
                 if time.monotonic() < settings.until:
                     runners.reporter.phase(
@@ -78,13 +78,13 @@ def measure_in_turns(
             runners.stop(process)
         after_turn()
         if turn + 1 == len(processes):
-            for each in turns.logits.values():
-                check_logits(runners.about, each)
+            for logits in turns.logits.values():
+                check_logits(runners.about, logits)
     results = []
-    for cell, found in turns.collected.items():
-        if {variant.name for variant in variants(cell, chosen)} <= found.samples.keys():
-            known = [each for each in found.others if each is not None]
-            results.append(Result(cell, found.samples, {}, found.steps, max(known, default=None)))
+    for cell, collected in turns.collected.items():
+        if {variant.name for variant in variants(cell, chosen)} <= collected.samples.keys():
+            known = [work for work in collected.others if work is not None]
+            results.append(Result(cell, collected.samples, {}, collected.steps, max(known, default=None)))
         else:
             runners.skip([cell], "the time of --budget was used up")
     return results
@@ -106,7 +106,7 @@ class Turns:
         The same decodes run before, untimed, because decodes that touch experts for the first time are slower. If
         decodes are long or the file does not fit in memory, nothing is repeated; one decode runs before.
         """
-        found, runners = self.collected[cell], self._runners
+        collected, runners = self.collected[cell], self._runners
         place = runners.context(variant, cell, *self._room)
         state = runners.go_to(variant, cell, place)
         if cell.depth:
@@ -125,9 +125,9 @@ class Turns:
         while repeated and time.monotonic() - began < seconds:
             samples.append(sampler.sample(variant, steps))
         after = bytes_read(place[0].pid)
-        found.samples.setdefault(variant.name, []).append(statistics.mean(samples))
-        found.others.append(sampler.others())
-        found.steps = max(found.steps, steps)
+        collected.samples.setdefault(variant.name, []).append(statistics.mean(samples))
+        collected.others.append(sampler.others())
+        collected.steps = max(collected.steps, steps)
         if before is not None and after is not None:
             tokens = cell.tokens * (steps + cell.warm) * len(samples)
             runners.about.read[f"{variant.name}, {describe(vars(cell))}"] = (after - before) / tokens

@@ -63,8 +63,8 @@ def resident_memory(pid: int) -> dict[str, int]:
     except OSError:
         return {}
     names = {"RssAnon": "private", "RssFile": "file", "VmHWM": "peak"}
-    found = (line.partition(":") for line in lines)
-    return {names[name]: int(text.split()[0]) << 10 for name, _, text in found if name in names}
+    fields = (line.partition(":") for line in lines)
+    return {names[name]: int(text.split()[0]) << 10 for name, _, text in fields if name in names}
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def undisturbed(
     for _ in range(PATIENCE):
         watch, began = Watch(own), time.monotonic()
         answer = action()
-        others, took = watch.others(), time.monotonic() - began
-        disturbance = None if others is None else max(0.0, (others - spare) * took - TICKS)
+        other_work, took = watch.others(), time.monotonic() - began
+        disturbance = None if other_work is None else max(0.0, (other_work - spare) * took - TICKS)
         if disturbance is None or disturbance <= DISTURBED * took or time.monotonic() >= until:
             break
     return Attempt(answer, took, disturbance)

@@ -28,16 +28,18 @@ class Manifest:
 
     def selected(self) -> list[dict[str, Any]]:
         """The records of the commands. Raises `EngineError` if a command has none."""
-        found = [record for record in load(self.records) if record["command"] in self.commands]
-        missing = [each for each in self.commands if each not in {record["command"] for record in found}]
+        records = [record for record in load(self.records) if record["command"] in self.commands]
+        missing = [
+            command for command in self.commands if command not in {record["command"] for record in records}
+        ]
         if missing:
             raise EngineError(
                 f"{self.records}: no record of {missing[0]}",
                 todo=f"measure it with --record {self.records}, or remove it from the manifest",
             )
-        for model in (model for record in found for model in record["models"] if self.threads):
+        for model in (model for record in records for model in record["models"] if self.threads):
             model["cells"] = [cell for cell in model["cells"] if cell["threads"] == self.threads]
-        return found
+        return records
 
 
 def read_manifest(file: Path) -> Manifest:
@@ -57,15 +59,15 @@ def read_manifest(file: Path) -> Manifest:
             "page": str(page),
             "records": str(records),
             "commands": [_, *_] as commands,
-        } if all(isinstance(each, str) for each in commands):
+        } if all(isinstance(command, str) for command in commands):
             paths = file.parent / page, file.parent / records
             return Manifest(title, *paths, tuple(commands), data.get("threads"), data.get("method"))
     expected = "title, page and records: texts; commands: a list of one text or more"
     keys = ("title", "page", "records", "commands")
-    found = ", ".join(f"{key}: {data[key]!r:.40}" for key in keys if key in data)
-    raise EngineError(f"{file}: invalid manifest", expected=expected, found=found or "none of them")
+    values = ", ".join(f"{key}: {data[key]!r:.40}" for key in keys if key in data)
+    raise EngineError(f"{file}: invalid manifest", expected=expected, found=values or "none of them")
 
 
 def manifests_beside(file: Path) -> list[Manifest]:
     """The manifests of a folder's pages, in the order of their names, without `file`. Raises `EngineError`."""
-    return [read_manifest(each) for each in sorted(file.parent.glob("bench*.toml")) if each.name != file.name]
+    return [read_manifest(path) for path in sorted(file.parent.glob("bench*.toml")) if path.name != file.name]

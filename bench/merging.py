@@ -50,15 +50,15 @@ def merged(records: Sequence[Data]) -> dict[str, Data]:
             into["left_out"] |= about["left_out"]
             into["not_measured"] |= {cell_key(cell): cell for cell in about["not_measured"]}
             into["cells"] |= {cell_key(cell): cell for cell in model["cells"]}
-    for each in models.values():
-        left = each["not_measured"].keys() - each["cells"].keys()
-        missing = [each["not_measured"][key] for key in sorted(left)]
-        each["about"] = {"not_measured": missing, "left_out": each["left_out"]}
-        each["cells"] = [each["cells"][key] for key in sorted(each["cells"])]
+    for model in models.values():
+        left = model["not_measured"].keys() - model["cells"].keys()
+        missing = [model["not_measured"][key] for key in sorted(left)]
+        model["about"] = {"not_measured": missing, "left_out": model["left_out"]}
+        model["cells"] = [model["cells"][key] for key in sorted(model["cells"])]
     files = Counter(name for name, _ in models)
     return {
-        name if files[name] == 1 else f"{name}, {nbytes or 'unknown'} bytes": each
-        for (name, nbytes), each in models.items()
+        name if files[name] == 1 else f"{name}, {nbytes or 'unknown'} bytes": model
+        for (name, nbytes), model in models.items()
     }
 
 
@@ -74,7 +74,7 @@ def operator_rows(records: Iterable[Data]) -> dict[str, list[Data]]:
     """The rows of each operator on a device, from its latest record."""
     rows: dict[str, list[Data]] = {}
     for record in by_age(records):
-        found = record["device_operators"]
-        for name in dict.fromkeys(row["operator"] for row in found):
-            rows[name] = [row for row in found if row["operator"] == name]
+        operators = record["device_operators"]
+        for name in dict.fromkeys(row["operator"] for row in operators):
+            rows[name] = [row for row in operators if row["operator"] == name]
     return rows

@@ -120,7 +120,7 @@ def measure_case(compiled: dict[str, Path], case: Case, threads: int) -> dict[st
             medians[build, name].append(json.loads(result.answer)["median"])
             disturbed += result.disturbance or 0.0
             took += result.took
-    figures = {turn: statistics.median(each) for turn, each in medians.items()}
+    figures = {turn: statistics.median(seconds) for turn, seconds in medians.items()}
     best = min(case.upstream, key=lambda name: figures["upstream", name])
     upstream, patched = figures["upstream", best], figures["patched", case.patched]
     return {
@@ -132,7 +132,7 @@ def measure_case(compiled: dict[str, Path], case: Case, threads: int) -> dict[st
         "patched": {"case": case.patched, "seconds": patched},
         "ratio": upstream / patched,
         "others": disturbed / took,
-        "samples": {f"{build} {name}": each for (build, name), each in medians.items()},
+        "samples": {f"{build} {name}": seconds for (build, name), seconds in medians.items()},
     }
 
 

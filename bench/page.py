@@ -75,7 +75,7 @@ def device_operators_tables(rows: Iterable[Data]) -> list[tuple[str, Rows]]:
         table: Rows = [("case", "upstream", "patched", "ratio")]
         for case, row in cases:
             both = upstream, patched = row["upstream"], row["patched"]
-            times = ("not available" if each is None else short_time(each / 1e6) for each in both)
+            times = ("not available" if time is None else short_time(time / 1e6) for time in both)
             varying = ", ".join(f"{name}={case[name]}" for name in varied if name in case)
             ratio = f"{upstream / patched:.2f}" if upstream and patched else ""
             table.append((varying or "one case", *times, ratio))
@@ -171,7 +171,7 @@ def write_page(
     title = title or (f"Bench on {device['description']}" if device else "Bench")
     parts = [f"# {title}\n", introduction(last, records, manifest, method)]
     groups = by_libraries(records)
-    limits = {each["threads"]: each for record in records for each in record["limits"]}
+    limits = {peaks["threads"]: peaks for record in records for peaks in record["limits"]}
     if device and limits:
         table = report.device_peaks_table(next(iter(limits.values())))
         parts.append("## Peak rates of the device\n\n" + markdown(table))
@@ -242,7 +242,7 @@ def machine_peaks(records: Iterable[Data]) -> list[Data]:
 def introduction(record: Data, records: Sequence[Data], manifest: str | None, method: str | None) -> str:
     """The introduction of the page. record: the latest one. manifest, method: see `write_page`."""
     machine, engine, device = record["machine"], record["engines"]["patched"], record["device"]
-    days = sorted({str(each["created"])[:10] for each in records})
+    days = sorted({str(one["created"])[:10] for one in records})
     memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] and not device else ""
     where = f"{machine['processor']}, {machine['cores']} cores{memory}, {machine['system'].split()[0]}"
     compilers = sorted(engine["compilers"].items()) if device else [("C++", engine["compilers"]["C++"])]
@@ -256,7 +256,7 @@ def introduction(record: Data, records: Sequence[Data], manifest: str | None, me
             f"{device['driver'] or 'unknown'}, {device['backend']}) in a machine with {where}"
         )
         variants, roofline = "flash attention on/off", ROOFLINE.format(rates="copy and matmul")
-        if not any(each["limits"] for each in records):
+        if not any(one["limits"] for one in records):
             roofline = NO_DEVICE_PEAKS
     text = INTRODUCTION.format(
         made_by=MADE_BY,

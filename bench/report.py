@@ -35,8 +35,8 @@ def describe(cell: Data) -> str:
 def cell_row(cell: Data) -> tuple[str, ...]:
     """A line of the table of cells."""
     speeds = [
-        f"{speed_text(each['tokens_per_second'])} ± {100 * each['spread']:.1f} %"
-        for each in (cell["upstream"], cell["patched"])
+        f"{speed_text(build['tokens_per_second'])} ± {100 * build['spread']:.1f} %"
+        for build in (cell["upstream"], cell["patched"])
     ]
     share = of_roofline(cell["floor"])
     ratio = f"{cell['ratio']:.2f}" + mark(cell)
@@ -136,7 +136,7 @@ def turns_table(model: Data) -> Rows:
             for cell, found in zip(cells, samples, strict=True)
         ]
         read = [about["read"].get(f"{name}, {describe(cell)}") for cell in cells if reads]
-        disk = ("unknown" if each is None else f"{each / MEGABYTE:.1f}" for each in read)
+        disk = ("unknown" if nbytes is None else f"{nbytes / MEGABYTE:.1f}" for nbytes in read)
         rows.append((name, f"{about['load'][process]['seconds']:.1f} s", *sizes, *speeds, *disk))
     return rows
 
@@ -146,11 +146,11 @@ def peaks_table(peaks: Iterable[Data]) -> Rows:
     kinds = ("f32", "int8", "bf16")
     rows: Rows = [("threads", "reading, GB/s", *(f"{kind}, GMAC/s" for kind in kinds))]
     by_threads: dict[int, list[Data]] = {}
-    for each in peaks:
-        by_threads.setdefault(each["threads"], []).append(each)
+    for peak in peaks:
+        by_threads.setdefault(peak["threads"], []).append(peak)
     for threads, several in sorted(by_threads.items()):
-        rates = (from_to([each[kind] for each in several if each[kind]], 0) for kind in kinds)
-        rows.append((str(threads), from_to([each["read"] for each in several], 1), *rates))
+        rates = (from_to([peak[kind] for peak in several if peak[kind]], 0) for kind in kinds)
+        rows.append((str(threads), from_to([peak["read"] for peak in several], 1), *rates))
     return rows
 
 

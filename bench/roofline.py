@@ -108,24 +108,24 @@ class Demand:
         return least, "memory" if memory >= least / 2 else "compute"
 
 
-def mean_of(found: Sequence[Peaks]) -> Peaks:
+def mean_of(measured: Sequence[Peaks]) -> Peaks:
     """The mean of several measurements on the same number of threads."""
-    return _each(found, lambda rates: sum(rates) / len(rates))
+    return _each(measured, lambda rates: sum(rates) / len(rates))
 
 
-def _each(found: Sequence[Peaks], summary: Callable[[list[float]], float]) -> Peaks:
+def _each(peaks: Sequence[Peaks], summary: Callable[[list[float]], float]) -> Peaks:
     """Combine several measurements, rate by rate."""
-    measured = [vars(each) for each in found]
+    measured = [vars(each) for each in peaks]
     rates: dict[str, Any] = {kind: [each[kind] for each in measured if each[kind]] for kind in measured[0]}
     rates = {kind: summary(several) if several else None for kind, several in rates.items()}
-    return Peaks(**rates | {"threads": found[0].threads})
+    return Peaks(**rates | {"threads": peaks[0].threads})
 
 
 def measure_peaks(threads: int, times: int = TIMES, seconds: float = SECONDS) -> Peaks:
     """Measure this machine several times and take the best. seconds: of an interval. Raises `EngineError`."""
     words = (str(threads), str(min(seconds, SECONDS)))
-    found = [Peaks(**json.loads(ask(program("peaks"), *words))) for _ in range(times)]
-    return _each(found, max)
+    measured = [Peaks(**json.loads(ask(program("peaks"), *words))) for _ in range(times)]
+    return _each(measured, max)
 
 
 def measure_device_peaks(device: str, libraries: Path, seconds: float = DEVICE_SECONDS) -> Peaks | None:
@@ -150,7 +150,7 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
         return int(max(value) if isinstance(value, list) else value)
 
     end = number("block_count") - number("nextn_predict_layers") if "block_count" in keys else math.inf
-    tensors = [each for each in model.tensors if layer_of(each.name) < end]
+    tensors = [tensor for tensor in model.tensors if layer_of(tensor.name) < end]
     experts, used = number("expert_count"), number("expert_used_count")
     met = experts * (1 - (1 - used / experts) ** tokens) if experts else 0.0
     weight_bytes, macs = 0.0, dict[str, float]()
@@ -218,7 +218,9 @@ def attention_macs(
     absorbed = pairs * (2 * latent + rope) + cell.batch * latent * (nope + value)
     expanded = -(-cell.batch // cell.ubatch) * (cell.depth + cell.batch) * latent  # for each value of a head
     keys, values = pairs * (nope + rope) + expanded * (nope + value), pairs * value
-    each = cell.sequences * heads
+    n_heads = cell.sequences * heads
     if absorbed < keys + values:
-        return each * absorbed, 0.0
-    return (each * (keys + values), 0.0) if cell.cache_type == "f32" else (each * keys, each * values)
+        return n_heads * absorbed, 0.0
+    return (
+        (n_heads * (keys + values), 0.0) if cell.cache_type == "f32" else (n_heads * keys, n_heads * values)
+    )

@@ -84,7 +84,7 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
                 for make in makers(parsed, engine, reporter):
                     measure_workers(parsed, workers, engine, open_model(make()))
             return 0
-        records = [each for file in parsed.records or () for each in load(file)]
+        records = [record for file in parsed.records or () for record in load(file)]
         records = records or [Run(parsed, words).all()]
         if parsed.record is not None and not parsed.records:
             add(records[0], parsed.record)
@@ -114,17 +114,19 @@ def other_options(words: Sequence[str], allowed: Sequence[str]) -> list[str]:
 
 def check_workers(parsed: argparse.Namespace, words: Sequence[str]) -> None:
     """Raises `UsageError` for what --workers would ignore: it prints a table, with a fixed number of decodes."""
-    if others := other_options(words, OPTIONS_OF_WORKERS):
+    if refused := other_options(words, OPTIONS_OF_WORKERS):
         raise UsageError(
             "--workers measures with fewer options, and makes no record",
             expected=f"no options but {', '.join(OPTIONS_OF_WORKERS)}",
-            found=", ".join(others),
+            found=", ".join(refused),
             todo="leave them out",
         )
     for option, values in (("--threads", parsed.threads or ()), ("--cache-type", parsed.cache_type)):
         if len(values) > 1:
-            found = ",".join(map(str, values))
-            raise UsageError(f"--workers: expected one value of {option}, found {found}", todo="give one")
+            values_given = ",".join(map(str, values))
+            raise UsageError(
+                f"--workers: expected one value of {option}, found {values_given}", todo="give one"
+            )
 
 
 def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
@@ -141,7 +143,7 @@ def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
             todo="add the run with --record, then draw the page of all records: --draw or --records",
         )
     if parsed.page is not None and any(
-        each.page.resolve() == parsed.page.resolve() for each in manifests_beside(parsed.page)
+        manifest.page.resolve() == parsed.page.resolve() for manifest in manifests_beside(parsed.page)
     ):
         raise EngineError(f"{parsed.page}: this page has a manifest", todo="write it with --draw")
     if parsed.json is not None and parsed.json.exists() and len(load(parsed.json)) != 1:
@@ -168,13 +170,13 @@ def check(parsed: argparse.Namespace, words: Sequence[str]) -> None:
             "--hybrid, --matmuls and --operators --libraries are measured on the CPU only",
             todo="leave out --backend and --device",
         )
-    if parsed.matmuls and any(each is not None for each in (parsed.type, parsed.batch, parsed.depth)):
+    if parsed.matmuls and any(value is not None for value in (parsed.type, parsed.batch, parsed.depth)):
         raise UsageError(
             "--matmuls measures fixed types and shapes", todo="leave out --type, --batch and --depth"
         )
     if parsed.model is not None:
         open_model(parsed.model)  # before builds are made
-        if ignored := [each for each in other_options(words, ()) if each in OPTIONS_OF_GENERATED]:
+        if ignored := [option for option in other_options(words, ()) if option in OPTIONS_OF_GENERATED]:
             raise UsageError(
                 f"{parsed.model} is measured as it is",
                 expected="no options of a generated model",
@@ -214,11 +216,11 @@ def run_alone(parsed: argparse.Namespace, words: Sequence[str]) -> int:
             missing,
             todo="install a compiler (kimi-llama doctor), or give a GGUF file to measure it without upstream",
         )
-    if others := other_options(words, OPTIONS_ALONE):
+    if refused := other_options(words, OPTIONS_ALONE):
         raise EngineError(
             missing,
             expected=f"no options but {', '.join(OPTIONS_ALONE)}: one build is measured, which makes no record",
-            found=", ".join(others),
+            found=", ".join(refused),
             todo="install a compiler (kimi-llama doctor), or leave them out",
         )
     if "," in str(parsed.model):
@@ -347,25 +349,25 @@ class Run:
         and after each. While a process is loaded, there may be no memory to measure them."""
         chosen, free = alone_in_memory(runners), available_memory()
         in_memory = free is None or runners.model.nbytes <= FITS * free
-        found = {threads: [peaks] for threads, peaks in on_machine.items()}
+        peaks_of = {threads: [peaks] for threads, peaks in on_machine.items()}
 
         def after_turn() -> None:
-            for threads, several in found.items():
+            for threads, several in peaks_of.items():
                 on_machine[threads] = self.peaks_again(threads)
                 several.append(on_machine[threads])
 
         results = measure_in_turns(runners, cells, chosen, settings, in_memory, after_turn)
-        runners.about.peaks += [vars(peaks) for several in found.values() for peaks in several]
+        runners.about.peaks += [vars(peaks) for several in peaks_of.values() for peaks in several]
         for result in results:
-            yield result, mean_of(found[result.cell.threads])
+            yield result, mean_of(peaks_of[result.cell.threads])
 
     def peaks(self, reporter: Reporter) -> dict[int, Peaks]:
         """Measure, show and record them."""
         reporter.phase("measuring the peak rates of the machine")
-        found = {threads: measure_peaks(threads, seconds=self.parsed.seconds) for threads in self.threads}
-        self.record["limits"] = [vars(each) for each in found.values()]
+        peaks = {threads: measure_peaks(threads, seconds=self.parsed.seconds) for threads in self.threads}
+        self.record["limits"] = [vars(rates) for rates in peaks.values()]
         report.show("Peak rates of the machine", report.peaks_table(self.record["limits"]))
-        return found
+        return peaks
 
     def peaks_around(self, threads: int, peaks: dict[int, Peaks]) -> Peaks:
         """Peak rates for a cell: the mean of those before and after it. The latter replace the former in `peaks`.
@@ -382,20 +384,20 @@ class Run:
     def device_peaks(self, device: Device, reporter: Reporter) -> Peaks | None:
         """Measure, show and record them."""
         reporter.phase(f"measuring the peak rates of {device.name}")
-        found = measure_device_peaks(device.name, self.upstream.lib, self.parsed.seconds)
-        if found is None:
+        peaks = measure_device_peaks(device.name, self.upstream.lib, self.parsed.seconds)
+        if peaks is None:
             reporter.note(f"{device.name}: no roofline: it does not support a copy or a matmul")
         else:
-            self.record["limits"] = [vars(found)]
-            report.show(f"Peak rates of {device.description}", report.device_peaks_table(vars(found)))
-        return found
+            self.record["limits"] = [vars(peaks)]
+            report.show(f"Peak rates of {device.description}", report.device_peaks_table(vars(peaks)))
+        return peaks
 
     def device_operators(self, device: Device, reporter: Reporter) -> None:
         """Time single operators on a device."""
         rows = self.record["device_operators"]
         engines, small = {"upstream": self.upstream, "patched": self.patched}, self.parsed.shapes == "tiny"
-        for found in measure_device_operators(engines, device.name, self.parsed.operators, small, reporter):
-            rows += found
+        for timed in measure_device_operators(engines, device.name, self.parsed.operators, small, reporter):
+            rows += timed
             self.keep()
         for operator, table in page.device_operators_tables(rows):
             report.show(f"{operator} on {device.description}", table)
@@ -449,10 +451,10 @@ def makers(parsed: argparse.Namespace, engine: Engine, reporter: Reporter) -> li
     if parsed.model is not None:
         return [lambda: parsed.model]
     if parsed.demo:
-        return [lambda t=each: convert_demo(t, reporter) for each in parsed.type or DEMO_TYPES[:1]]  # type: ignore[misc]
+        return [lambda t=kind: convert_demo(t, reporter) for kind in parsed.type or DEMO_TYPES[:1]]  # type: ignore[misc]
     types = parsed.type or (TYPES if parsed.grid else TYPES[:1])
     sizes = (parsed.layers, parsed.experts)
-    models = [chosen_model(parsed.family, *sizes, each, parsed.shapes) for each in types]
+    models = [chosen_model(parsed.family, *sizes, kind, parsed.shapes) for kind in types]
     check_room(models, engine, reporter)
     return [lambda m=model: generate(m, engine, reporter) for model in models]  # type: ignore[misc]
 
@@ -475,13 +477,13 @@ def variants_in_memory(model: ModelFile, reporter: Reporter) -> tuple[Variant, .
 def alone_in_memory(runners: Runners) -> tuple[Variant, ...]:
     """The variants that fit in memory alone; the others are recorded with the reason."""
     free, nbytes = available_memory() or 0, runners.model.nbytes
-    found = variants_alone(nbytes, free)
+    chosen = variants_alone(nbytes, free)
     reason = (
         f"the copy of {nbytes / 1e9:.1f} GB of weights does not fit in {free / 1e9:.1f} GB of free memory"
     )
-    without = (each.name for each in UPSTREAM if each not in found)
+    without = (variant.name for variant in UPSTREAM if variant not in chosen)
     runners.about.left_out |= dict.fromkeys(without, reason)
-    return found
+    return chosen
 
 
 def check_device(model: ModelFile, device: Device | None) -> None:

@@ -114,8 +114,8 @@ def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) ->
 
 def types_in_dry_run(lines: Iterable[str]) -> dict[str, str]:
     """Each tensor's type, by name, in the output of `llama-quantize --dry-run`."""
-    found = [match.groups() for line in lines if (match := _DRY_RUN_LINE.match(line))]
-    return {name: (new or old).upper() for name, old, new in found}
+    matches = [match.groups() for line in lines if (match := _DRY_RUN_LINE.match(line))]
+    return {name: (new or old).upper() for name, old, new in matches}
 
 
 def quantized_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] | None:
@@ -133,14 +133,14 @@ def quantized_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] 
             file.write(whole.header)
             file.truncate(whole.nbytes)
         command = [str(quantize), "--dry-run", str(sparse), model.type]
-        said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    lines = (said.stdout + said.stderr).splitlines()
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    lines = (ended.stdout + ended.stderr).splitlines()
     types = {name: TENSOR_TYPES[kind] for name, kind in types_in_dry_run(lines).items()}
-    if said.returncode or set(types) != {tensor.name for tensor in plan.tensors}:
+    if ended.returncode or set(types) != {tensor.name for tensor in plan.tensors}:
         raise EngineError(
             f"{quantize.name} --dry-run does not print the types of a {model.type} file",
             expected=f"a line for each of {len(plan.tensors)} tensors",
-            found=f"{len(types)}, status {said.returncode}: {lines[-1] if lines else 'no output'}",
+            found=f"{len(types)}, status {ended.returncode}: {lines[-1] if lines else 'no output'}",
             todo="look at the command's own output",
         )
     return types

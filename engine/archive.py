@@ -65,23 +65,23 @@ def obtain(pin: Pin, folder: Path, given: Path | None, reporter: Reporter) -> Pa
     return path
 
 
-def unpack(archive: Path, wanted: dict[str, Path]) -> None:
+def unpack(archive: Path, targets: dict[str, Path]) -> None:
     """Write the folders and files of the archive in `wanted` to their places, without git's own files.
 
     Only regular files are written, each below its place. An archive with an absolute path, a path with `..`, or a
     link or device in a wanted folder is refused before anything is written. Raises `EngineError`.
     """
     try:
-        _unpack(archive, wanted)
+        _unpack(archive, targets)
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as error:
         reason = (str(error) or "it ends too early").splitlines()[0].rstrip(":")
         raise EngineError(f"{archive}: damaged: {reason}", todo="copy or download it again") from None
 
 
-def _unpack(archive: Path, wanted: dict[str, Path]) -> None:
+def _unpack(archive: Path, targets: dict[str, Path]) -> None:
     with tarfile.open(archive) as tar:
         members = tar.getmembers()
-        plan = [(member, target) for member in members if (target := _target(member, wanted, archive))]
+        plan = [(member, target) for member in members if (target := _target(member, targets, archive))]
         for member, target in plan:
             if member.isdir():
                 continue
@@ -92,12 +92,12 @@ def _unpack(archive: Path, wanted: dict[str, Path]) -> None:
                 shutil.copyfileobj(content, file)
             if member.mode & 0o100:
                 target.chmod(0o755)
-    for prefix, target in wanted.items():
+    for prefix, target in targets.items():
         if not target.exists():
             raise EngineError(f"{archive}: no {prefix} inside", todo="check the pin in upstream.toml")
 
 
-def _target(member: tarfile.TarInfo, wanted: dict[str, Path], archive: Path) -> Path | None:
+def _target(member: tarfile.TarInfo, targets: dict[str, Path], archive: Path) -> Path | None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         raise EngineError(
@@ -105,7 +105,7 @@ def _target(member: tarfile.TarInfo, wanted: dict[str, Path], archive: Path) -> 
             expected="relative paths only",
             found=member.name,
         )
-    for prefix, target in wanted.items():
+    for prefix, target in targets.items():
         if not path.is_relative_to(prefix):
             continue
         if not member.isfile() and not member.isdir():
@@ -136,10 +136,10 @@ def _download(pin: Pin, path: Path) -> None:
     environment = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if result.returncode != 0 or not path.exists():
-        said = (result.stderr or result.stdout).strip()
+        output = (result.stderr or result.stdout).strip()
         raise EngineError(
             f"pip could not download {pin.package}=={pin.version}",
             expected=f"{pin.archive}, sha256 {pin.archive_sha256}",
-            found="\n    ".join(line.strip() for line in said.splitlines()[-6:]),
+            found="\n    ".join(line.strip() for line in output.splitlines()[-6:]),
             todo=f"check the network and the space on disk, or give the archive with --archive {pin.archive}",
         )

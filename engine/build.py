@@ -159,15 +159,15 @@ def build(
             log = work / "build.log"
             try:
                 tests = tests or (present is not None and present["tests"])
-                wanted = compile_tree(spec, work, tests, lock, reporter, limit)
+                programs = compile_tree(spec, work, tests, lock, reporter, limit)
             except UnfinishedError:
                 raise
             except EngineError as error:
                 raise _with_log(error, log, cache, spec) from error
         reporter.phase("install")
-        manifest = _manifest(spec, digest, wanted, time.monotonic() - began)
+        manifest = _manifest(spec, digest, programs, time.monotonic() - began)
         with fresh_folder(folder) as scratch:
-            _install(work / "build" / "bin", source, scratch, wanted)
+            _install(work / "build" / "bin", source, scratch, programs)
             log.replace(scratch / "build.log")
             check_runs(scratch, dict(spec.options).get(EMULATOR, "").split(";"))
             (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -306,11 +306,11 @@ def _with_log(error: EngineError, log: Path, cache: Cache, spec: BuildSpec) -> E
     return EngineError(error.what, expected=error.expected, found=error.found, todo=todo)
 
 
-def _install(built: Path, source: Path, folder: Path, wanted: dict[str, list[str]]) -> None:
+def _install(built: Path, source: Path, folder: Path, programs: dict[str, list[str]]) -> None:
     """Copy programs, libraries and the Python package into the folder of the finished build."""
     for name in ("bin", "lib", "python"):
         (folder / name).mkdir()
-    for name in (*wanted["programs"], *wanted["tests"]):
+    for name in (*programs["programs"], *programs["tests"]):
         shutil.copy2(built / name, folder / "bin" / name)
     for path in sorted(built.glob("lib*")):
         if ".so" in path.name or path.suffix == ".dylib":
@@ -321,12 +321,12 @@ def _install(built: Path, source: Path, folder: Path, wanted: dict[str, list[str
     shutil.copyfile(source / "llama.cpp" / "LICENSE", folder / "LICENSE")
 
 
-def _manifest(spec: BuildSpec, digest: str, wanted: dict[str, list[str]], seconds: float) -> dict[str, Any]:
+def _manifest(spec: BuildSpec, digest: str, programs: dict[str, list[str]], seconds: float) -> dict[str, Any]:
     return {
         "key": spec.key,
         "upstream": spec.upstream,
         "backends": [spec.backend] if spec.backend in CPU_BACKENDS else [spec.backend, "cpu"],
-        "tests": bool(wanted["tests"]),
+        "tests": bool(programs["tests"]),
         "package": f"{spec.pin.package}=={spec.pin.version}",
         "archive_sha256": spec.pin.archive_sha256,
         "source": None if spec.source is None else str(spec.source),
@@ -335,14 +335,16 @@ def _manifest(spec: BuildSpec, digest: str, wanted: dict[str, list[str]], second
         "llama_cpp_commit": spec.pin.llama_cpp_commit if spec.source is None else None,
         "tree_sha256": digest,
         "series_sha256": spec.series.digest(),
-        "patches": [{"name": each.name, "subject": each.subject} for each in spec.series.patches],
+        "patches": [{"name": patch.name, "subject": patch.subject} for patch in spec.series.patches],
         "options": dict(spec.options),
-        "compilers": {language: f"{each.path}: {each.version}" for language, each in spec.compilers},
+        "compilers": {
+            language: f"{compiler.path}: {compiler.version}" for language, compiler in spec.compilers
+        },
         "binutils": list(spec.binutils),
         "environment": dict(spec.variables),
         "cpu": spec.cpu,
-        "programs": wanted["programs"],
-        "test_programs": wanted["tests"],
+        "programs": programs["programs"],
+        "test_programs": programs["tests"],
         "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 1),
     }

@@ -140,7 +140,7 @@ class BuildSpec:
     @cached_property
     def work_key(self) -> str:
         """Names the scratch folder, which the upstream and the patched build share, one after the other."""
-        compilers = [(language, each.path, each.version) for language, each in self.compilers]
+        compilers = [(language, compiler.path, compiler.version) for language, compiler in self.compilers]
         files = [*self.scripts, PORTABLE] if self.source is None else self.scripts
         script = "".join(path.read_text() for path in files)
         tools = (compilers, self.binutils, self.variables)

@@ -98,9 +98,9 @@ class Diagnosis:
     def unusable(self) -> list[Health]:
         """The builds that do not work here, and need not: they run only if they are named."""
         return [
-            each
-            for each in self.engines
-            if any(not check.passed and not check.needed for check in each.checks)
+            health
+            for health in self.engines
+            if any(not check.passed and not check.needed for check in health.checks)
         ]
 
     @property
@@ -125,7 +125,7 @@ class Diagnosis:
             "cache": str(cache_folder()),
             "machine": [vars(check) for check in self.machine],
             "pin": self.pin,
-            "patches": [{"name": each.name, "subject": each.subject} for each in self.patches],
+            "patches": [{"name": patch.name, "subject": patch.subject} for patch in self.patches],
             "build": vars(self.chosen),
             "installed": self.installed and vars(self.installed),
             "engines": engines,
@@ -147,17 +147,17 @@ def diagnose() -> Diagnosis:
     )
 
 
-def _health(engine: Engine, others: list[Engine], chosen: Check) -> Health:
+def _health(engine: Engine, engines: list[Engine], chosen: Check) -> Health:
     """A build and its checks. A build for GPUs must work only if it is the one that runs."""
-    checks = examine(engine, others)
+    checks = examine(engine, engines)
     if engine.for_gpus and engine.label() != chosen.seen:
         checks = [replace(check, needed=False) for check in checks]
     return Health(engine, tuple(checks))
 
 
-def examine(engine: Engine, others: list[Engine]) -> list[Check]:
+def examine(engine: Engine, engines: list[Engine]) -> list[Check]:
     """Check one build: its programs run, and it loads its own libraries for any LD_LIBRARY_PATH."""
-    tempting = [str(other.lib) for other in others if other.key != engine.key]
+    tempting = [str(other.lib) for other in engines if other.key != engine.key]
     return [
         _checked("programs run", lambda: _version(engine)),
         _checked("programs load their own libraries", lambda: _linked(engine, tempting)),
@@ -369,14 +369,14 @@ def _installed_path(site: Path, name: str) -> Path | None:
 def _command_folders(site: Path) -> frozenset[Path]:
     """Where commands of packages in `site` may be: in bin/ next to them (--target), and in the folders of each of
     Python's schemes that has its packages there (environments, --user, --prefix, the system's Python)."""
-    found = {site / "bin"}
+    folders = {site / "bin"}
     for base in site.parents:
         bases = dict.fromkeys(("base", "platbase", "userbase"), str(base))
         for scheme in sysconfig.get_scheme_names():
             paths = sysconfig.get_paths(scheme, bases)
             if str(site) in (paths["purelib"], paths["platlib"]):
-                found.add(Path(paths["scripts"]))
-    return frozenset(found)
+                folders.add(Path(paths["scripts"]))
+    return frozenset(folders)
 
 
 def _compiled_otherwise(path: Path, source: bytes) -> bool:
@@ -418,8 +418,8 @@ class _Compiled(SourceFileLoader):
 def _added_files(known: set[str]) -> list[str]:
     """The files and links in the package's folder that are neither `known` nor Python's own caches of known files."""
     package = PREBUILT.parents[1]
-    found = [path for path in package.rglob("*") if path.is_symlink() or not path.is_dir()]
-    names = [path.relative_to(package.parent).as_posix() for path in found]
+    files = [path for path in package.rglob("*") if path.is_symlink() or not path.is_dir()]
+    names = [path.relative_to(package.parent).as_posix() for path in files]
     return sorted(name for name in names if name not in known and _source(name) not in known)
 
 

@@ -22,7 +22,9 @@ def as_text(diagnosis: Diagnosis) -> str:
         ]
     if diagnosis.installed:
         lines += [*([] if diagnosis.patched else [""]), _line(diagnosis.installed)]
-    for health in sorted(diagnosis.engines, key=lambda each: each.engine.label() != diagnosis.chosen.seen):
+    for health in sorted(
+        diagnosis.engines, key=lambda health: health.engine.label() != diagnosis.chosen.seen
+    ):
         lines += ["", *_engine(health)]
     lines += [
         "",
@@ -40,7 +42,7 @@ def as_text(diagnosis: Diagnosis) -> str:
 
 def _summary(diagnosis: Diagnosis) -> list[str]:
     """What failed, and what to do if nothing is built."""
-    failed = [each for each in diagnosis.failed if diagnosis.patched or each != diagnosis.chosen.name]
+    failed = [name for name in diagnosis.failed if diagnosis.patched or name != diagnosis.chosen.name]
     lines = [] if diagnosis.patched else [f"nothing to run: {diagnosis.chosen.seen}"]
     lines += [f"failed: {'; '.join(failed)}"] if failed else []
     lines = lines or ["all checks pass"]

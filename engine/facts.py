@@ -56,7 +56,7 @@ def processor() -> str:
     if name != "AMD EPYC" or not (family.isdigit() and model.isdigit()):
         return name
     for generation, its_family, models in _ZEN:
-        if int(family) == its_family and any(int(model) in each for each in models):
+        if int(family) == its_family and any(int(model) in numbers for numbers in models):
             return f"{name} (Zen {generation})"
     return name
 

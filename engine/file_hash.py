@@ -33,14 +33,14 @@ class FileHashes:
 def hash_files(paths: Sequence[Path], progress: Callable[[int, int], None]) -> FileHashes:
     """Hash files, reading each once. `progress` gets the number of bytes done and the total."""
     done, size = 0, sum(path.stat().st_size for path in paths)
-    whole, each = hashlib.sha256(), []
+    whole, digests = hashlib.sha256(), []
     for path in paths:
-        own = whole if len(paths) == 1 else hashlib.sha256()
+        of_file = whole if len(paths) == 1 else hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
-                for digest in {own, whole}:
+                for digest in {of_file, whole}:
                     digest.update(chunk)
                 done += len(chunk)
                 progress(done, size)
-        each.append(own.hexdigest())
-    return FileHashes(tuple(each), whole.hexdigest())
+        digests.append(of_file.hexdigest())
+    return FileHashes(tuple(digests), whole.hexdigest())

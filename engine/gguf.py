@@ -117,10 +117,10 @@ class GgufFile:
             raise GgufError(
                 f"{self.path}: general.alignment", expected="8 or more", found=f"{alignment!r:.40}"
             )
-        found = [self._tensor(cursor) for _ in range(num_tensors)]
+        headers = [self._tensor(cursor) for _ in range(num_tensors)]
         start = -(-cursor.at // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
-        for name, ne, type_, offset in found:
+        for name, ne, type_, offset in headers:
             tensor = GgufTensor(name, ne, type_, start + offset)
             if name in tensors:
                 raise GgufError(f"{self.path}: duplicate tensor {name!r:.80}")
@@ -240,30 +240,30 @@ def _other_splits(first: GgufFile) -> list[Path]:
 def _check_split(split: GgufFile, number: int, first: GgufFile) -> None:
     """Compare a split's `split.*` keys with those of the first. llama-gguf-split does not copy SET, a key of this
     project, to the other splits."""
-    wanted = {NUMBER: number, **{key: first.keys.get(key) for key in (COUNT, TENSORS)}}
+    of_first = {NUMBER: number, **{key: first.keys.get(key) for key in (COUNT, TENSORS)}}
     if SET in split.keys:
-        wanted[SET] = first.keys.get(SET)
-    for key, expected in wanted.items():
-        if (found := split.keys.get(key)) != expected:
+        of_first[SET] = first.keys.get(SET)
+    for key, expected in of_first.items():
+        if (value := split.keys.get(key)) != expected:
             raise GgufError(
                 f"{split.path}: {key}",
                 expected=f"{expected!r:.80} as in {first.path.name}",
-                found=f"{found!r:.80}",
+                found=f"{value!r:.80}",
                 todo="it is a split of another model",
             )
 
 
 def _file_of(files: list[GgufFile]) -> dict[str, GgufFile]:
-    found: dict[str, GgufFile] = {}
+    files_by_name: dict[str, GgufFile] = {}
     for file in files:
         for name in file.tensors:
-            if name in found:
-                other = found[name].path.name
+            if name in files_by_name:
+                other = files_by_name[name].path.name
                 raise GgufError(
                     f"{file.path}: tensor {name!r:.80} is also in {other}", todo="download the splits again"
                 )
-            found[name] = file
-    return found
+            files_by_name[name] = file
+    return files_by_name
 
 
 class _Cursor:

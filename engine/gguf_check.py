@@ -35,8 +35,8 @@ def check_whole(path: Path) -> None:
 
 def damaged(path: Path, error: GgufError) -> EngineError:
     """The error for a file of the user that cannot be read."""
-    found = str(error).removeprefix(f"{path}: ")
-    return EngineError(f"{path}: a damaged GGUF file: {found}", todo="convert or download it again")
+    message = str(error).removeprefix(f"{path}: ")
+    return EngineError(f"{path}: a damaged GGUF file: {message}", todo="convert or download it again")
 
 
 def all_splits(path: Path) -> list[Path]:
@@ -71,14 +71,14 @@ def check_tokenizer(path: Path) -> None:
     """Raise `EngineError` for a model without a tokenizer. `kimi-llama bench` generates such models, and llama.cpp
     aborts when it tokenizes a text with one. Files that this project cannot read are left to llama.cpp."""
     try:
-        found = key_of(path, "tokenizer.ggml.model")
+        tokenizer = key_of(path, "tokenizer.ggml.model")
     except GgufError:
         return
-    if found in ("no_vocab", "none"):
+    if tokenizer in ("no_vocab", "none"):
         raise EngineError(
             f"{path}: has no tokenizer, so it cannot read or write text",
             expected="a tokenizer (tokenizer.ggml.model)",
-            found=repr(found),
+            found=repr(tokenizer),
             todo=f"give a converted model; to measure this one: kimi-llama bench {path}",
         )
 

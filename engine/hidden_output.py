@@ -69,12 +69,12 @@ def _run(command: Sequence[str], hidden: str, shown: str, folder: Path | None) -
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         try:
-            while said := os.read(process.stderr.fileno(), 1 << 16):
-                said = (held + said).replace(name, other)
+            while text := os.read(process.stderr.fileno(), 1 << 16):
+                text = (held + text).replace(name, other)
                 # what may be the beginning of the name waits for the rest; lines are not awaited: they are progress
-                begun = next((n for n in range(len(name) - 1, 0, -1) if said.endswith(name[:n])), 0)
-                said, held = said[: len(said) - begun], said[len(said) - begun :]
-                sys.stderr.buffer.write(said)
+                begun = next((n for n in range(len(name) - 1, 0, -1) if text.endswith(name[:n])), 0)
+                text, held = text[: len(text) - begun], text[len(text) - begun :]
+                sys.stderr.buffer.write(text)
                 sys.stderr.flush()
             sys.stderr.buffer.write(held)
             sys.stderr.flush()
@@ -106,8 +106,8 @@ def hidden_folder(output: Path) -> Iterator[str]:
 
 def _take_names(files: Sequence[Path], folder: Path) -> None:
     """Move the splits of a model to a folder. No set is complete there until all are of this run: the first is last."""
-    first, others = files[:1], files[1:]
-    if others:
+    first, rest = files[:1], files[1:]
+    if rest:
         (folder / first[0].name).unlink(missing_ok=True)
-    for path in (*others, *first):
+    for path in (*rest, *first):
         path.replace(folder / path.name)

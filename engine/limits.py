@@ -100,19 +100,19 @@ def _own() -> Iterator[Limit]:
 
 def _cgroups() -> Iterator[Path]:
     """Folders of the cgroups that this process is in, with their parents, of both versions and all controllers."""
-    own = {}  # path by controllers: none in version 2
+    paths = {}  # path by controllers: none in version 2
     for line in _lines(_ROOT / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
-        own[frozenset(filter(None, controllers.split(",")))] = path
+        paths[frozenset(filter(None, controllers.split(",")))] = path
     for line in _lines(_ROOT / "proc/self/mountinfo"):
         mount, _, rest = line.partition(" - ")
         kind, _, options = [*rest.split(" ", 2), "", ""][:3]
         if kind not in ("cgroup", "cgroup2"):
             continue
         inside, point = mount.split()[3:5]
-        wanted = frozenset(options.strip().split(",")) if kind == "cgroup" else frozenset()
+        mounted = frozenset(options.strip().split(",")) if kind == "cgroup" else frozenset()
         path = next(
-            (path for names, path in own.items() if names <= wanted and bool(names) == bool(wanted)), "/"
+            (path for names, path in paths.items() if names <= mounted and bool(names) == bool(mounted)), "/"
         )
         relative = PurePosixPath(path.removeprefix(inside.rstrip("/")).lstrip("/"))
         if ".." in relative.parts:  # a cgroup outside of what is mounted

@@ -18,9 +18,9 @@ _SHOWN: Final = 80  # characters of a path
 def check_paths(options: argparse.Namespace) -> None:
     """Raise `EngineError` if an argument of type Path cannot exist."""
     for value in vars(options).values():
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, Path):
-                check_path(each)
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                check_path(path)
 
 
 def check_path(path: Path) -> None:
@@ -30,13 +30,13 @@ def check_path(path: Path) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        found = error.strerror if isinstance(error, OSError) else "a zero byte"
+        problem = error.strerror if isinstance(error, OSError) else "a zero byte"
         if isinstance(error, NotADirectoryError):
-            found = next((f"{each} is a file" for each in path.parents if each.is_file()), found)
+            problem = next((f"{parent} is a file" for parent in path.parents if parent.is_file()), problem)
         raise EngineError(
             shortened(path),
             expected="a path that the file system accepts",
-            found=found,
+            found=problem,
             todo="name another path",
         ) from None
 

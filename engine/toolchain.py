@@ -101,12 +101,12 @@ def binutils(compiler: Compiler) -> tuple[str, ...]:
 
     Apple's do not: they come with the compiler.
     """
-    found = []
+    versions = []
     for tool in ("as", "ld"):
         path = shutil.which(_first_line([*compiler.command, f"-print-prog-name={tool}"]) or tool)
         if path and (version := _first_line([path, "--version"])):
-            found.append(version)
-    return tuple(found)
+            versions.append(version)
+    return tuple(versions)
 
 
 def cpu_fingerprint() -> str:

@@ -90,7 +90,7 @@ class Tool:
 
     def without(self, default: Default) -> Tool:
         """The tool without one of its defaults."""
-        return replace(self, defaults=tuple(each for each in self.defaults if each is not default))
+        return replace(self, defaults=tuple(other for other in self.defaults if other is not default))
 
 
 _THREADS = Default(("-t", "--threads"), ("--threads", "{cores}"), variable="LLAMA_ARG_THREADS")
@@ -220,9 +220,9 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
     """
     tool = TOOLS[name]
     check_whole(model)
-    if own := _options(given) & {"--build", "--backend", "--upstream"}:
+    if misplaced := _options(given) & {"--build", "--backend", "--upstream"}:
         raise UsageError(
-            f"{own.pop()}: what follows MODEL is passed to {tool.program}, which does not know it",
+            f"{misplaced.pop()}: what follows MODEL is passed to {tool.program}, which does not know it",
             todo=f"write it in front of MODEL: kimi-llama {name} --build NAME {model} ...",
         )
     _check_workers(given)
