@@ -89,8 +89,11 @@ def broken_blocks(text: str) -> Iterator[str]:
             for number, line in enumerate(lines[first:last], first + 1):
                 if token.level == 1 and re.match(r"\s*\||.*\|\s*$", line):
                     yield f"line {number}: a table's row in a paragraph"
-            if any("`" in each.content for each in token.children or [] if each.type == "text"):
+            texts = [each.content for each in token.children or [] if each.type == "text"]
+            if any("`" in text for text in texts):
                 yield f"line {first + 1}: a code span does not end"
+            if any("][" in text for text in texts):
+                yield f"line {first + 1}: the target of a link is not defined"
 
 
 def links(text: str) -> Iterator[tuple[str, str, bool]]:
@@ -163,6 +166,7 @@ def test_a_page_is_what_its_author_meant(page: str) -> None:
         ("A sentence, then\n| c | d |\nand more.", "line 2: a table's row in a paragraph"),
         ("| a | b |\n| c | d |", "line 1: a table's row in a paragraph"),
         ("Some `code without an end.", "line 1: a code span does not end"),
+        ("[1.2][b]\n\nA line.\n[b]: page.md", "line 1: the target of a link is not defined"),
         ("a\n\n```sh\nls", "line 3: the code block does not end"),
         ("[a](no-page.md)", "no-page.md: there is no such file"),
         ("![a](no.svg)", "no.svg: there is no such file"),
