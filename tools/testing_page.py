@@ -1,4 +1,4 @@
-"""The generated parts of docs/testing.md: how many faults are planted, and what each folder of tests costs.
+"""The generated parts of docs/testing.md: how many faults are planted, what was found, and what each folder costs.
 
 Input: tests/durations.json, which `scripts/test --record-durations` writes, and the tables of faults in the tests.
 Output: the page, written; with --check, exit status 1 if it differs.
@@ -22,7 +22,7 @@ SLOW = 5  # files of the default tier that the page names
 
 def page(text: str) -> str:
     """The page with its generated parts, in their order, made again."""
-    parts = iter((_faults(), _costs()))
+    parts = iter((_faults(), _found(), _costs()))
     return PART.sub(lambda match: f"{match[1]}\n{next(parts)}\n{match[2]}", text)
 
 
@@ -58,6 +58,12 @@ def _faults() -> str:
             lines.append(f"| [{path.stem}](../{path.relative_to(ROOT)}) | {count} |")
             total += count
     return "\n".join([*lines, f"| together | {total} |", ""])
+
+
+def _found() -> str:
+    """The corrections of llama.cpp, and those that upstream can test."""
+    fixes, tests = (len([*(ROOT / "patches" / "fixes").glob(f"*.{kind}")]) for kind in ("patch", "pr"))
+    return f"{fixes} corrections of llama.cpp; {tests} of them have a test for upstream.\n"
 
 
 def main() -> int:
