@@ -1,4 +1,4 @@
-"""The operators on other processors: ARM and AVX-512 under emulation, older x86, ggml's selection among variants."""
+"""The operators on other processors: ARM under emulation, older x86, ggml's selection among variants."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PROGRAMS = ("test-kda", "latent-attn-test")
 MATMUL = "quant-gemm-test"
 X86 = platform.machine() in ("x86_64", "AMD64")
 
-# For each instruction set that our sources distinguish (kda-simd.h, latent-simd.h, latent-int16.cpp,
+# For each instruction set that our sources distinguish (kimi-simd.h, latent-simd.h, latent-int16.cpp,
 # quant-gemm-vector.h): ggml's variant with this instruction set, and the processor flags it requires. ggml uses
-# the last one that the machine supports. Where AVX-512 exists, all other tests run with it; elsewhere its intrinsics
-# are emulated.
+# the last one that the machine supports. Where AVX-512 exists, all other tests run with it; elsewhere its branches are
+# only compiled (COMPILED).
 AVX2 = {"sse4_2", "avx", "f16c", "fma", "avx2", "bmi2"}
 AVX512 = AVX2 | {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
 RUN = {
@@ -51,12 +51,8 @@ NATIVE = {"test-kda": 29, "latent-attn-test": 23, MATMUL: 17}
 MANY_THREADS = {"test-kda": 173, "latent-attn-test": 223, MATMUL: 389}
 
 # Libraries of tests/native/CMakeLists.txt.
-AVX512_EMULATED = "avx512-emulated"
 AVX_VNNI_EMULATED = "avx-vnni-emulated"
 AMX_EMULATED = "amx-emulated"
-AVX512_CASES = {"test-kda": 47, "latent-attn-test": 73, MATMUL: 131}
-# An intrinsic that only the program's branch for AVX-512 uses.
-AVX512_USES = {"test-kda": "rcp14_ps", "latent-attn-test": "cvtepi8_epi16", MATMUL: "dpbusd_epi32"}
 
 # qemu 7.2, Debian 12's, emulates neither AVX-VNNI nor AVX-512: "TCG doesn't support requested feature".
 INSTEAD = ", and qemu does not emulate it; the branches for it run in test_branches_for_avx_vnni_on_a_processor_without"
@@ -198,23 +194,6 @@ def test_many_threads_on_arm(program: str) -> None:
     library = str(made.bin / f"libggml-cpu-{NEWER_ARM[0]}.so")
     cases, threads = MANY_THREADS[program], THREADS[program]
     passes(made, program, cases, threads, QEMU_CPU=ARM[NEWER_ARM[0]], KIMI_CPU_BACKEND=library)
-
-
-@needs_x86
-@pytest.mark.parametrize("times", [1, pytest.param(12, marks=pytest.mark.full)], ids=["few", "many"])
-@pytest.mark.parametrize("program", AVX512_CASES)
-def test_branches_for_avx512_on_a_processor_without(program: str, times: int) -> None:
-    """Our sources with the intrinsics of tests/native/avx512-emulated.h; the rest of ggml is its haswell variant."""
-    if cpu_flags() >= AVX512 | {"avx512_vnni", "avx512_bf16"}:
-        pytest.skip("all other tests run with AVX-512")
-    require(AVX2)
-    made = build(ALL_VARIANTS)
-    made.ninja(AVX512_EMULATED)
-    library = made.bin / f"lib{AVX512_EMULATED}.so"
-    assert f"_mm512_{AVX512_USES[program]}".encode() in library.read_bytes(), "not the branch for AVX-512"
-    cases = AVX512_CASES[program] // times
-    for tiles in "01" if program == MATMUL and times > 1 else "0":
-        passes(made, program, cases, KIMI_CPU_BACKEND=str(library), KIMI_AMX=tiles)
 
 
 @needs_x86

@@ -10,8 +10,6 @@
 //   require         alone or with names: an operator that cannot be used is an error
 //   exact           alone or with names: latent attention on CUDA with the accuracy of float32, slower
 
-#include "ggml-kda-scan.h"
-
 #include <cstdint>
 
 struct ggml_cgraph;
@@ -19,7 +17,7 @@ struct llama_ubatch;
 
 // A sequence with fewer tokens in a batch may share a ubatch with others. Its results are equal to those of its
 // tokens decoded one after the other, whatever other sequences are in the ubatch.
-constexpr uint32_t LLAMA_MANY_TOKENS = GGML_KDA_SCAN_CHUNKED_FROM;
+constexpr uint32_t LLAMA_MANY_TOKENS = 32;
 
 struct llama_kimi_ops {
     bool conv    = true;  // KDA_CONV

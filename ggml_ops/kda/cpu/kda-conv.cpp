@@ -6,13 +6,15 @@
 
 #include "ggml-cpu-impl.h"
 #include "ggml-kda-conv.h"
-#include "kda-simd.h"
+#include "kimi-simd.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 namespace kda {
+
+using namespace kimi_simd;
 
 constexpr int WIDTH          = GGML_KDA_CONV_WIDTH;
 constexpr int HISTORY        = WIDTH - 1;
@@ -102,7 +104,7 @@ static void convolve_reference(const conv_unit & u, int64_t t) {
     }
 }
 
-#if defined(KDA_SIMD)
+#if defined(KIMI_SIMD)
 
 static void convolve(const conv_unit & u, int64_t t) {
     float *       out = u.out + t * u.out_stride;
@@ -189,7 +191,7 @@ void ggml_compute_forward_kda_conv(const ggml_compute_params * params,
 
     float * scratch = thread_scratch(params, HEADS_TOGETHER * unit_scratch_floats(D));
 
-#if defined(KDA_SIMD)
+#if defined(KIMI_SIMD)
     const auto convolve_token = params->use_ref || D % VW != 0 ? convolve_reference : convolve;
 #else
     const auto convolve_token = convolve_reference;

@@ -14,14 +14,14 @@
 
 #include "kda-scan-gate.h"
 #include "kda-scan-impl.h"
-#include "kda-simd.h"
+#include "kimi-simd.h"
 
 #include <algorithm>
 #include <cstring>
 
 namespace kda {
 
-#if defined(KDA_SIMD)
+#if defined(KIMI_SIMD)
 
 constexpr int JB = 2 * VW;  // value channels per block
 // rows per register tile: JB columns wide, so twice as many accumulators
@@ -41,7 +41,7 @@ template <int D> struct chunk_vectors {
 
 // k_j <- e_i k_j, and its dot products with k_i and q_i, for N neighbouring j
 template <int D, int N>
-static KDA_INLINE void
+static KIMI_INLINE void
 pair_products(float (*kj)[D], const float * e, const float * k, const float * q, vf * ek, vf * eq) {
     vf a[N] = {};
     vf b[N] = {};
@@ -49,7 +49,7 @@ pair_products(float (*kj)[D], const float * e, const float * k, const float * q,
         const vf vk = v_load(k + n);
         const vf vq = v_load(q + n);
         const vf ve = v_load(e + n);
-        KDA_UNROLL
+        KIMI_UNROLL
         for (int j = 0; j < N; ++j) {
             const vf x = v_mul(v_load(kj[j] + n), ve);
             v_store(kj[j] + n, x);
@@ -57,7 +57,7 @@ pair_products(float (*kj)[D], const float * e, const float * k, const float * q,
             b[j] = v_fma(x, vq, b[j]);
         }
     }
-    KDA_UNROLL
+    KIMI_UNROLL
     for (int j = 0; j < N; ++j) {
         ek[j] = a[j];
         eq[j] = b[j];
@@ -120,14 +120,14 @@ template <int D, typename F> static void multiply(chunk_vectors<D> & p, const fl
         for (int i = 0; i < D; ++i) {
             const vf s0 = v_load(S + i * JB);
             const vf s1 = v_load(S + i * JB + VW);
-            KDA_UNROLL
+            KIMI_UNROLL
             for (int r = 0; r < RT; ++r) {
                 const vf x = v_set1(p.decayed[r0 + r][i]);
                 acc[r][0]  = v_fma(x, s0, acc[r][0]);
                 acc[r][1]  = v_fma(x, s1, acc[r][1]);
             }
         }
-        KDA_UNROLL
+        KIMI_UNROLL
         for (int r = 0; r < RT; ++r) {
             v_store(p.product[r0 + r], acc[r][0]);
             v_store(p.product[r0 + r] + VW, acc[r][1]);
@@ -139,13 +139,13 @@ template <int D, typename F> static void multiply(chunk_vectors<D> & p, const fl
 template <int D> static void solve(const scan_head & head, int64_t t0, int64_t j, chunk_vectors<D> & p) {
     for (int c = 0; c < JB; c += VW) {
         vf u[CHUNK];
-        KDA_UNROLL
+        KIMI_UNROLL
         for (int i = 0; i < CHUNK; ++i) {
             u[i] = v_mul(v_set1(p.beta[i]), v_sub(v_load(head.v[t0 + i] + j + c), v_load(p.product[i] + c)));
         }
-        KDA_UNROLL
+        KIMI_UNROLL
         for (int n = 0; n < CHUNK; ++n) {
-            KDA_UNROLL
+            KIMI_UNROLL
             for (int i = n + 1; i < CHUNK; ++i) {
                 u[i] = v_fnma(v_set1(p.L[i][n]), u[n], u[i]);
             }
@@ -153,14 +153,14 @@ template <int D> static void solve(const scan_head & head, int64_t t0, int64_t j
         }
 
         vf o[CHUNK];
-        KDA_UNROLL
+        KIMI_UNROLL
         for (int i = 0; i < CHUNK; ++i) {
             o[i] = v_load(p.product[CHUNK + i] + c);
         }
-        KDA_UNROLL
+        KIMI_UNROLL
         for (int n = 0; n < CHUNK; ++n) {
             const vf un = v_load(p.product[n] + c);
-            KDA_UNROLL
+            KIMI_UNROLL
             for (int i = n; i < CHUNK; ++i) {
                 o[i] = v_fma(v_set1(p.A[i][n]), un, o[i]);
             }
@@ -173,7 +173,7 @@ template <int D> static void solve(const scan_head & head, int64_t t0, int64_t j
 template <int D> static void update(const chunk_vectors<D> & p, float * S) {
     for (int i0 = 0; i0 < D; i0 += RT) {
         vf acc[RT][2];
-        KDA_UNROLL
+        KIMI_UNROLL
         for (int r = 0; r < RT; ++r) {
             const vf x = v_set1(p.total[i0 + r]);
             acc[r][0]  = v_mul(x, v_load(S + (i0 + r) * JB));
@@ -182,14 +182,14 @@ template <int D> static void update(const chunk_vectors<D> & p, float * S) {
         for (int n = 0; n < CHUNK; ++n) {
             const vf u0 = v_load(p.product[n]);
             const vf u1 = v_load(p.product[n] + VW);
-            KDA_UNROLL
+            KIMI_UNROLL
             for (int r = 0; r < RT; ++r) {
                 const vf x = v_set1(p.to_end[n][i0 + r]);
                 acc[r][0]  = v_fma(x, u0, acc[r][0]);
                 acc[r][1]  = v_fma(x, u1, acc[r][1]);
             }
         }
-        KDA_UNROLL
+        KIMI_UNROLL
         for (int r = 0; r < RT; ++r) {
             v_store(S + (i0 + r) * JB, acc[r][0]);
             v_store(S + (i0 + r) * JB + VW, acc[r][1]);
@@ -202,12 +202,12 @@ template <int ROWS, int COLUMNS> static void transpose(const float * from, float
     for (int row = 0; row < ROWS; row += VW) {
         for (int column = 0; column < COLUMNS; column += VW) {
             vf tile[VW];
-            KDA_UNROLL
+            KIMI_UNROLL
             for (int r = 0; r < VW; ++r) {
                 tile[r] = v_load(from + (row + r) * COLUMNS + column);
             }
             v_transpose(tile);
-            KDA_UNROLL
+            KIMI_UNROLL
             for (int r = 0; r < VW; ++r) {
                 v_store(to + (column + r) * ROWS + row, tile[r]);
             }
@@ -216,7 +216,7 @@ template <int ROWS, int COLUMNS> static void transpose(const float * from, float
 }
 
 // Prefetches the rows of tokens [t, t + n) of a head: those that its next chunk reads, and those that it writes.
-template <int D> static KDA_INLINE void rows_ahead(const scan_head & head, int64_t t, int64_t n) {
+template <int D> static KIMI_INLINE void rows_ahead(const scan_head & head, int64_t t, int64_t n) {
     for (int64_t i = t; i < t + n; ++i) {
         prefetch(head.f[i], D);
         prefetch(head.k[i], D);
@@ -229,7 +229,7 @@ template <int D> static KDA_INLINE void rows_ahead(const scan_head & head, int64
 
 // Prefetches part `part` of `n_parts` of the next chunk, or of the next head's state and first chunk.
 template <int D>
-static KDA_INLINE void ahead(const scan_head & head, const scan_range & range, int64_t t, int part, int n_parts) {
+static KIMI_INLINE void ahead(const scan_head & head, const scan_range & range, int64_t t, int part, int n_parts) {
     const int64_t i0 = CHUNK * part / n_parts;
     const int64_t i1 = CHUNK * (part + 1) / n_parts;
     if (t + CHUNK < range.t1) {

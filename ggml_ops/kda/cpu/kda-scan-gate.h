@@ -3,15 +3,17 @@
 // The gates and the output norm of the KDA scan, vectorized; used by the stepwise and by the chunked kernel.
 
 #include "kda-scan-impl.h"
-#include "kda-simd.h"
+#include "kimi-simd.h"
 
-#if defined(KDA_SIMD)
+#if defined(KIMI_SIMD)
 
 namespace kda {
 
+using namespace kimi_simd;
+
 // decay = e^(log-gate) of token t. In two passes: the dependency chain of one vector through both is too long for a CPU
 // to overlap it with the next one's.
-template <int D> static KDA_INLINE void decays(const scan_head & head, int64_t t, float * decay) {
+template <int D> static KIMI_INLINE void decays(const scan_head & head, int64_t t, float * decay) {
     const float * f     = head.f[t];
     const float * dt    = head.dt_bias;
     const vf      a     = v_set1(head.a);
@@ -34,7 +36,7 @@ template <int D> static KDA_INLINE void decays(const scan_head & head, int64_t t
 // out = norm * rms_norm(o) * sigmoid(gate) for tokens [t0, t0 + n), n <= CHUNK; o: their rows, row stride `stride`
 // floats, may be equal to out. A token's result does not depend on n.
 template <int D>
-static KDA_INLINE void finish(const scan_head & head, int64_t t0, int n, const float * o, size_t stride) {
+static KIMI_INLINE void finish(const scan_head & head, int64_t t0, int n, const float * o, size_t stride) {
     alignas(64) float scale[CHUNK];
     for (int i0 = 0; i0 < n; i0 += VW) {
         vf square[VW] = {};

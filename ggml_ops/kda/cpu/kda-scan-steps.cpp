@@ -7,14 +7,14 @@
 
 #include "kda-scan-gate.h"
 #include "kda-scan-impl.h"
-#include "kda-simd.h"
+#include "kimi-simd.h"
 
 #include <algorithm>
 #include <cstring>
 
 namespace kda {
 
-#if defined(KDA_SIMD)
+#if defined(KIMI_SIMD)
 
 // tokens prepared together: their vectors and a tile of the state fit in the L1 cache
 constexpr int TOKENS_TOGETHER = 8;
@@ -49,7 +49,7 @@ template <int D> static void prepare(const scan_head & head, int64_t t, step_vec
 
 // One token on VW rows of the state.
 template <int D>
-static KDA_INLINE void
+static KIMI_INLINE void
 step(const step_vectors<D> & p, int n, const float * v, const float * from, float * to, float * out) {
     constexpr int NV = D / VW;
 
@@ -58,16 +58,16 @@ step(const step_vectors<D> & p, int n, const float * v, const float * from, floa
     {
         vf ek[NV];
         vf eq[NV];
-        KDA_UNROLL
+        KIMI_UNROLL
         for (int i = 0; i < NV; ++i) {
             ek[i] = v_load(p.decay_k[n] + i * VW);
             eq[i] = v_load(p.decay_q[n] + i * VW);
         }
-        KDA_UNROLL
+        KIMI_UNROLL
         for (int r = 0; r < VW; ++r) {
             vf a = v_zero();
             vf b = v_zero();
-            KDA_UNROLL
+            KIMI_UNROLL
             for (int i = 0; i < NV; ++i) {
                 const vf m = v_load(from + r * D + i * VW);
                 a          = v_fma(m, ek[i], a);
@@ -86,14 +86,14 @@ step(const step_vectors<D> & p, int n, const float * v, const float * from, floa
     {
         vf e[NV];
         vf k[NV];
-        KDA_UNROLL
+        KIMI_UNROLL
         for (int i = 0; i < NV; ++i) {
             e[i] = v_load(p.decay[n] + i * VW);
             k[i] = v_load(p.k[n] + i * VW);
         }
         for (int r = 0; r < VW; ++r) {
             const vf dr = v_set1(delta[r]);
-            KDA_UNROLL
+            KIMI_UNROLL
             for (int i = 0; i < NV; ++i) {
                 const vf m = v_load(from + r * D + i * VW);
                 v_store(to + r * D + i * VW, v_fma(k[i], dr, v_mul(e[i], m)));

@@ -8,13 +8,15 @@
 #include "ggml-cpu-impl.h"
 #include "ggml-kda-scan.h"
 #include "kda-scan-impl.h"
-#include "kda-simd.h"
+#include "kimi-simd.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 namespace kda {
+
+using namespace kimi_simd;
 
 // The break-even point of chunks (README, When chunks are used).
 static_assert(GGML_KDA_SCAN_CHUNKED_FROM >= CHUNK, "at least one chunk");
@@ -23,7 +25,7 @@ static_assert(GGML_KDA_SCAN_CHUNKED_FROM >= CHUNK, "at least one chunk");
 constexpr int64_t REPEATED = 48;
 
 // Minimum number of value channels per call of a vector path; 0 if this build has none.
-#if defined(KDA_SIMD)
+#if defined(KIMI_SIMD)
 constexpr int64_t COLUMN_TILE = 2 * VW;
 #else
 constexpr int64_t COLUMN_TILE = 0;

@@ -12,6 +12,8 @@
 #include <cmath>
 #include <stdexcept>
 
+static_assert(LLAMA_MANY_TOKENS == GGML_KDA_SCAN_CHUNKED_FROM, "from as many tokens KDA_SCAN computes chunks");
+
 // a constant of the reference, independent of rms_norm_eps
 static constexpr float KDA_L2_NORM_EPS = 1e-6f;
 

@@ -208,7 +208,7 @@ static inline float4 kda_exp(float4 x) {
     return p * as_type<float4>((int4(n) + 127) << 23);  // n = -127: p * 0
 }
 
-// log(1 + e^x) = max(x, 0) + log1p(u), u = e^-|x|; log1p(u) = u + u^2 p(u) on [0, 1], p as in cpu/kda-simd.h. MSL has no
+// log(1 + e^x) = max(x, 0) + log1p(u), u = e^-|x|; log1p(u) = u + u^2 p(u) on [0, 1], p as in kimi-simd.h. MSL has no
 // log1p, and the log of 1 + u loses u if it is small.
 static inline float4 kda_softplus(float4 x) {
     const float4 u = exp(-fabs(x));

@@ -1,7 +1,7 @@
 #pragma once
 
-// The vector type of the latent attention kernels: vf, LANES floats wide. With AVX-512, AVX2 or NEON it is that of the
-// KDA operators (kda-simd.h); otherwise it is four plain floats, which the compiler may vectorize.
+// The vector type of the latent attention kernels: vf, LANES floats wide. With AVX-512, AVX2 or NEON it is that of
+// kimi-simd.h; otherwise it is four plain floats, which the compiler may vectorize.
 
 // GCC before 13 warns about the undefined registers in its own AVX-512 intrinsics.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
@@ -9,41 +9,41 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-#include "kda-simd.h"
+#include "kimi-simd.h"
 #include "vec.h"
 
 namespace latent {
 
-#if defined(KDA_SIMD)
+#if defined(KIMI_SIMD)
 
-using kda::v_abs;
-using kda::v_add;
-using kda::v_div;
-using kda::v_fma;
-using kda::v_hsum;
-using kda::v_load;
-using kda::v_max;
-using kda::v_min;
-using kda::v_mul;
-using kda::v_round;
-using kda::v_sqrt;
-using kda::v_store;
-using kda::v_sub;
-using kda::v_transpose;
-using kda::vf;
+using kimi_simd::v_abs;
+using kimi_simd::v_add;
+using kimi_simd::v_div;
+using kimi_simd::v_fma;
+using kimi_simd::v_hsum;
+using kimi_simd::v_load;
+using kimi_simd::v_max;
+using kimi_simd::v_min;
+using kimi_simd::v_mul;
+using kimi_simd::v_round;
+using kimi_simd::v_sqrt;
+using kimi_simd::v_store;
+using kimi_simd::v_sub;
+using kimi_simd::v_transpose;
+using kimi_simd::vf;
 
-constexpr int LANES = kda::VW;
+constexpr int LANES = kimi_simd::VW;
 // Accumulators of a register block, out of 32 registers (AVX2: 16), and the vectors per row of the block.
 constexpr int N_ACCUMULATORS = LANES == 8 ? 12 : 24;
 constexpr int MAX_COLUMNS    = LANES == 8 ? 2 : 4;
 
 static inline vf v_set(float x) {
-    return kda::v_set1(x);
+    return kimi_simd::v_set1(x);
 }
 // ggml's own, so that the weights equal those of its softmax; with SVE it is defined for another type
 static inline vf v_exp(vf a) {
 #if defined(__ARM_FEATURE_SVE)
-    return kda::v_exp(a);
+    return kimi_simd::v_exp(a);
 #else
     return ggml_v_expf(a);
 #endif
@@ -126,7 +126,7 @@ static inline vi v_set(int32_t x) {
 }
 // in each lane: c + low(a) * low(b) + high(a) * high(b)
 static inline vi v_fma(vi a, vi b, vi c) {
-#if defined(__GNUC__) && !defined(__clang__) && !defined(AVX512_EMULATED)
+#if defined(__GNUC__) && !defined(__clang__)
     asm("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));  // with the intrinsic, GCC 12 copies the accumulators
     return c;
 #else

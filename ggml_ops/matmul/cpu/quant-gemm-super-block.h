@@ -40,7 +40,7 @@ inline __m512i shifted(__m512i x, int first, int second) {
 }
 
 // Moves bits within bytes in one instruction. Bits that are not moved become zero.
-#if defined(__GFNI__) && !defined(AVX512_EMULATED)
+#if defined(__GFNI__)
 #define QUANT_GEMM_GFNI 1
 
 constexpr uint64_t bit_move(int from, int to) {

@@ -36,9 +36,9 @@ static constexpr size_t STREAMED_RESULT = 1 << 20;
 // Up to so many columns there are too few tiles to prefetch all of the next rows with them, or to multiply two panels.
 static constexpr int COLUMNS_OF_FEW_TILES = 24;
 
-// What a task costs apart from its multiplications, as rows; and a row of it (unpacking), as columns.
-static constexpr int TASK_COST = 4;
-static constexpr int ROW_COST  = 16;
+// What a task costs in addition to its multiplications, in rows of the task; and what a row costs (unpacking), in columns.
+static constexpr int TASK_COST_ROWS   = 4;
+static constexpr int ROW_COST_COLUMNS = 16;
 
 // Columns for which another thread that sorts pays for the barrier that it requires.
 static constexpr int SORTED_COLUMNS = 512;
@@ -337,7 +337,7 @@ static Division divide(const ggml_tensor * product, const Format & format, const
             const int64_t rows      = (n_steps + steps - 1) / steps;
             const int64_t rounds    = (n_parts * rows + nth - 1) / nth + more;
             const int64_t task_rows = (n_steps + rows - 1) / rows * step;
-            const int64_t estimate  = rounds * (task_rows + TASK_COST) * (part_columns + ROW_COST);
+            const int64_t estimate  = rounds * (task_rows + TASK_COST_ROWS) * (part_columns + ROW_COST_COLUMNS);
             if (estimate < time) {
                 best = { step, rows, columns };
                 time = estimate;
