@@ -2,12 +2,10 @@
 
 // Intel's AMX in plain C++, so that a processor without it can run the code for it in ggml_ops
 // (tests/platforms/test_other_processors.py) and in upstream (amx-test.cpp). Each intrinsic takes the place of the one in
-// immintrin.h, which is included here unless avx512-emulated.h has taken its place.
+// immintrin.h, which is included here.
 //
 // Semantics: TILELOADD, TDPBSSD, TDPBSUD and TDPBF16PS in Intel's "Architecture Instruction Set Extensions". What a processor
 // refuses ends the program: shapes that do not fit, and registers that are used twice.
-
-#include "emulated-bf16.h"
 
 #include <immintrin.h>
 
@@ -19,6 +17,18 @@
 #define AMX_EMULATED 1
 
 namespace amx {
+
+// A float without its subnormal values.
+inline float flushed(float x) {
+    return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
+}
+
+inline float from_bf16(uint16_t x) {
+    const uint32_t bits = (uint32_t) x << 16;
+    float          result;
+    memcpy(&result, &bits, sizeof(result));
+    return flushed(result);
+}
 
 struct Tile {
     int    rows, bytes;
@@ -95,8 +105,8 @@ template <typename B> inline void add_bytes(int sums, int a, int b) {
 }
 
 inline void add_bf16(int sums, int a, int b) {
-    using emulated::flushed;
-    using emulated::from_bf16;
+    using flushed;
+    using from_bf16;
     check_shapes(sums, a, b);
     for (int row = 0; row < tiles[sums].rows; row++) {
         for (int column = 0; column < tiles[sums].bytes / 4; column++) {

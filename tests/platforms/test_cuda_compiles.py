@@ -16,7 +16,6 @@ from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.tools import cuda_check
 from kimi_gguf.tools.cuda_check import (
     ARCHITECTURES,
-    KernelUse,
     compile_cuda,
     cuda_sources,
     find_nvcc,
@@ -127,28 +126,3 @@ def test_no_nvcc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_check.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r"no nvcc found(.|\n)*pip install -e '.\[cuda\]'"):
         find_nvcc()
-
-
-def test_the_python_packages_compiler_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    packaged = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
-    packaged.parent.mkdir(parents=True)
-    packaged.touch()
-    (tmp_path / "nvidia" / "cudnn").mkdir()
-    monkeypatch.delenv("CUDACXX", raising=False)
-    monkeypatch.setattr(cuda_check.shutil, "which", lambda name: None)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert find_nvcc() == packaged
-
-
-def test_the_table_has_a_row_a_kernel() -> None:
-    kernels = [
-        KernelUse("a.cu", 80, "f<1>", 40, 0, 0, 384),
-        KernelUse("a.cu", 90, "f<1>", 255, 16, 24, 1408),
-        KernelUse("b.cu", 90, "g", 12, 0, 0, 0),
-    ]
-    assert table(kernels) == [
-        "| source | kernel | shared | sm_80 | sm_90 |",
-        "| --- | --- | ---: | ---: | ---: |",
-        "| a.cu | `f<1>` | 1408 | 40 | 255, stack 16, spills 24 |",
-        "| b.cu | `g` | 0 |  | 12 |",
-    ]
