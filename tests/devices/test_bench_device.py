@@ -12,7 +12,7 @@ from bench_case import TINY, bench, record
 from native_program import ROOT, compile_backend
 
 from kimi_gguf.bench import device as devices
-from kimi_gguf.bench.device_operators import matmul_case, operator_number, parsed, recurrence_case
+from kimi_gguf.bench.device_operators import parsed
 from kimi_gguf.bench.models import bench_folder
 from kimi_gguf.bench.page import device_operators_tables, write_page
 from kimi_gguf.bench.record import load
@@ -197,20 +197,6 @@ def test_a_device_s_floor_uses_the_rate_of_its_fastest_type() -> None:
     assert demand.floor(gpu) == (pytest.approx(0.02), "compute")
     cpu = Peaks(threads=2, read=1e12, f32=1e13, int8=2e14, bf16=4e14)
     assert demand.floor(cpu)[0] == pytest.approx(4e12 / 2e14 + 1e12 / 1e13 + 5e12 / 1e13)
-
-
-@pytest.mark.engine
-def test_a_case_of_the_recurrence_has_the_48b_s_shape(engine: Engine) -> None:
-    words = recurrence_case(7, 64).split()
-    assert words[:9] == ["7", "0", "4096", "192", "1", "1", "1", "1", "6"], "64 tokens and 128 rows of state"
-    assert words[9:18] == ["0", "128", "32", "64", "1", "4", "512", "16384", "1048576"]
-    assert words[-1] == "kda=1;n_seq_tokens=64"
-    words = matmul_case(9, "Q4_0", 2304, 163840).split()
-    assert words[:8] == ["9", "0", "163840", "1", "1", "1", "0", "2"]
-    assert words[8:17] == ["2", "2304", "163840", "1", "1", "18", "1296", "212336640", "212336640"]
-    assert words[17:] == ["0", "2304", "1", "1", "1", "4", "9216", "9216", "9216",
-                          "type=Q4_0;n_columns=2304;n_rows=163840"]  # fmt: skip
-    assert operator_number("NONE") == 0 and operator_number("DUP") == 1
 
 
 def test_the_output_of_test_backend_ops_is_parsed() -> None:

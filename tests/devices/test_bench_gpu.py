@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kimi_gguf.engine import build as building
-from kimi_gguf.engine.errors import EngineError, UnfinishedError
+from kimi_gguf.engine.errors import UnfinishedError
 from kimi_gguf.tools import bench_gpu
 from kimi_gguf.tools.bench_gpu import Campaign, Place, main, stages
 
@@ -83,57 +80,6 @@ def test_a_build_that_does_not_end_leaves_what_follows(
     assert "times-KDA_CONV: there is no build; run the stage build first" in capsys.readouterr().err
 
 
-def test_a_damaged_state_file_makes_every_stage_unfinished(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place = Place("cpu", tmp_path, True, None)
-    (stage,) = [each for each in stages(place) if each.name == "times-KDA_CONV"]
-    (tmp_path / "times-KDA_CONV.json").write_text("{}")
-    damaged = ("", "[1", "[]", json.dumps({"times-KDA_CONV": 3}), json.dumps({"times-KDA_CONV": {}}))
-    for text in (*damaged, json.dumps({"times-KDA_CONV": {"inputs": {}, "sha256": "0"}})):
-        (tmp_path / "stages.state").write_text(text)
-        assert not Campaign(place).done(stage)
-        said = f"bench-gpu: {tmp_path}/stages.state: damaged; all stages count as left\n"
-        assert capsys.readouterr().err == (said if text in damaged else "")
-
-
-def test_an_output_is_replaced_only_by_a_complete_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = Place("cpu", tmp_path, True, None)
-    times, test = (next(each for each in stages(place) if each.group == group) for group in ("times", "test"))
-    monkeypatch.setattr(Campaign, "inputs", lambda *_: {"builds": []})
-    monkeypatch.setattr(Campaign, "engine", lambda *_, **__: SimpleNamespace(bin=tmp_path))
-    campaign = Campaign(place)
-
-    def wrote(text: str, status: int) -> None:
-        def call(command: list[str], _limit: float, _name: str, output: Path | None = None, **_: str) -> None:
-            (output or Path(command[-1])).write_text(text)
-            if status:
-                raise EngineError("ended with status 1")
-
-        monkeypatch.setattr(bench_gpu, "call", call)
-
-    for stage, complete in ((times, "{}"), (test, "3/3 tests passed\n")):
-        wrote(complete, 0)
-        campaign.run(stage, 1)
-        assert campaign.done(stage)
-        wrote("half", 1 if stage is times else 0)
-        with pytest.raises(EngineError):
-            campaign.run(stage, 1)
-        assert Campaign(place).done(stage) and campaign.output(stage).read_text() == complete
-
-
-def test_a_folder_that_cannot_be_written_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    assert main(["--rehearse", "--list", "--out", str(tmp_path / "file")]) == 1
-    assert f"bench-gpu: error: [Errno 17] File exists: '{tmp_path}/file'" in capsys.readouterr().err
-    assert main(["--rehearse", "--stage", "page", "--out", str(tmp_path / "new")]) == 1
-    assert f"{tmp_path}/new: no finished stage to draw; run the stages times" in capsys.readouterr().err
-
-
 def test_prepare_packs_the_sources_and_downloads_what_bench_gpu_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,22 +130,3 @@ def test_a_folder_without_wheels_is_refused(form: str, folder: str, wrong: str, 
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert f"{source}: {wrong}; write it on a machine with a network" in ended.stderr
-
-
-def test_an_interrupted_unpacking_of_wheels_is_repeated(tmp_path: Path) -> None:
-    test_a_prepared_folder_replaces_the_network(tmp_path)
-    packages = tmp_path / "source" / "packages"
-    packages.rename(tmp_path / "source" / "packages.new")
-    (tmp_path / "source" / "packages.new" / "sitecustomize.py").unlink()
-    command = [ROOT / "tools/bench-gpu", "--source", tmp_path / "source", "--rehearse", "--list"]
-    environment = os.environ | {"PYTHON": sys.executable, "KIMI_GGUF_CACHE": str(tmp_path / "cache")}
-    subprocess.run(command, capture_output=True, check=False, env=environment)
-    assert (packages / "sitecustomize.py").is_file() and not packages.with_name("packages.new").exists()
-
-
-def test_packed_sources_are_taken_from_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[Path] = []
-    monkeypatch.setenv("KIMI_GGUF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(building, "adopt_source", lambda pin, cache, packed: taken.append(packed))
-    assert main(["--source", str(tmp_path), "--rehearse", "--list", "--out", str(tmp_path / "out")]) == 0
-    assert taken == [tmp_path / "llama.cpp.tar.xz"]

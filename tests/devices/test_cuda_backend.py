@@ -287,24 +287,6 @@ def test_a_decoded_token_with_quantized_weights(
     assert_near(logits[""], logits[UNFUSED], ERROR_OF_FUSION[cache_type])
 
 
-# KIMI_OPS -> nodes and launches of a graph. Upstream's own graph has two of each more: a copy in each of the two MLA
-# layers, which fix 0069 leaves out.
-GRAPHS = {"off": ("495", "406"), "": ("339", "143")}
-
-
-@pytest.mark.parametrize("operators", GRAPHS)
-def test_how_much_ggml_cuda_launches_for_a_token(
-    operators: str, backend: Path, published: Path, engine: Engine, tmp_path: Path
-) -> None:
-    """Upstream's own fusion also applies to our graph."""
-    setup = Setup(flash_attention=True, cache_type="F16")
-    steps = [together(IDS, i) for i in range(4)]
-    log = tmp_path / "log"
-    graphs = graphs_of(engine, published, backend, setup, steps, log, KIMI_OPS=operators)
-    _, nodes, _, _, launches = graphs[-1]
-    assert (str(nodes), str(launches)) == GRAPHS[operators]
-
-
 # Layer -> layers of two models that differ by one such layer, with experts; the device's compute capability; most
 # launches, as a share of upstream's.
 ONE_LAYER = {

@@ -276,15 +276,6 @@ def test_memory_is_reserved(
     assert "does not match expectation" not in log
 
 
-def test_memory_is_reserved_for_one_sequence_of_several(engine: Engine, tmp_path: Path) -> None:
-    """Several sequences in one batch stay absorbed, which needs less on this device."""
-    gguf = write_deepseek2(tmp_path / "model.gguf", DeepseekSpec(layers=1, heads=2))
-    world = World(engine, gguf, compile_backend(engine, tmp_path), tmp_path)
-    log = world.play(batches(*[512] * 7), n_seq_max=4, cells=3584, cache_type="F16")[1]
-    assert "matches expectation" in log
-    assert "does not match expectation" not in log
-
-
 def test_groups_of_heads(engine: Engine, tmp_path: Path) -> None:
     """A cache of 4096 cells has two groups, with 17 and 16 heads."""
     gguf = write_deepseek2(tmp_path / "model.gguf", DeepseekSpec(layers=1, heads=33))
@@ -334,25 +325,3 @@ def test_metal(cache_type: str, metal_backend: Path, engine: Engine, tmp_path: P
     assert sorted(each.bytes_written / cells for each in expansion) == sorted(WRITTEN[cache_type])
     key_type = "f32" if cache_type == "F32" else "f16"
     assert f"kernel_flash_attn_ext_{key_type}_dk192_dv128" in names[end:]
-
-
-# Dispatches of a layer with F32 weights and 5 groups of heads, as 16384 cells and 32 heads have.
-OF_ABSORBED = {"q: k_b, concat": 2, "attention": 1, "v_b, contiguous": 2}
-OF_PLAIN = {
-    "q: concat": 1,
-    "k_b transposed, rows as F32, their ends as F16": 3,
-    "two matmuls, REPEAT, two CPY": 5 * 5,
-    "attention": 5 * 2,
-}
-OF_PLAIN |= {"joining the groups": 4}
-
-
-def test_dispatches(metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
-    gguf = write_deepseek2(tmp_path / "model.gguf", DeepseekSpec(layers=1, heads=32))
-    setup = on_metal(metal_backend, flash_attention=True, cache_type="F16", cells=16384)
-    counted = []
-    for tokens in (FIRST["F16"] - 1, FIRST["F16"]):
-        log = tmp_path / f"{tokens}"
-        play(engine, gguf, setup, batches(tokens), KIMI_METAL_DRY="1", KIMI_METAL_LOG=str(log))
-        counted.append(len(dispatches(log)))
-    assert counted[1] - counted[0] == sum(OF_PLAIN.values()) - sum(OF_ABSORBED.values())

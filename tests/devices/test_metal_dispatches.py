@@ -99,20 +99,6 @@ def test_upstreams_graph(metal_backend: Path, model: Path, engine: Engine, tmp_p
     assert counted.total() == UPSTREAM - COPIES.total()  # fix 0069 leaves them out, whatever KIMI_OPS says
 
 
-def test_without_our_libraries_the_dispatches_are_upstreams(
-    metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
-) -> None:
-    """If the compiler refuses all three."""
-    for name in ("off", "refused"):
-        (tmp_path / name).mkdir()
-    off = kernels_for_a_token(engine, model, metal_backend, tmp_path / "off", KIMI_OPS="off")
-    refused = kernels_for_a_token(
-        engine, model, metal_backend, tmp_path / "refused", KIMI_OPS="conv,scan,mla,fuse",
-        KIMI_METAL_REFUSED="kda,fa_latent,fuse",
-    )  # fmt: skip
-    assert refused == off
-
-
 def test_fused_nodes(metal_backend: Path, model: Path, engine: Engine, tmp_path: Path) -> None:
     counted = kernels_for_a_token(engine, model, metal_backend, tmp_path, KIMI_OPS="fuse")
     assert counted.total() == FUSED == 1125

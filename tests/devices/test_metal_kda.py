@@ -86,55 +86,6 @@ def test_what_the_device_does_not_compute(threads: str, program: Path, metal_bac
     result(program, metal_backend, "refused", KIMI_METAL_MAX_THREADS=threads)
 
 
-def only(log: Path, operator: str) -> tuple[int, int]:
-    """Bytes that the operator's dispatch has read and written."""
-    (found,) = (each for each in dispatches(log) if each.nodes.startswith(f"{operator}+CPY "))
-    return found.bytes_read, found.bytes_written
-
-
-# head size, heads, tokens, sequences, snapshots
-SHAPES = [(128, 2, 1, 1, 1), (128, 1, 3, 2, 4), (64, 2, 20, 2, 4)]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_scan_reads_states_inputs_and_gates_once(
-    shape: tuple[int, ...], program: Path, metal_backend: Path, tmp_path: Path
-) -> None:
-    size, heads, tokens, sequences, snapshots = shape
-    result(program, metal_backend, "scan", *shape, KIMI_METAL_LOG=str(tmp_path / "log"))
-    threads = 8 * size
-    state = size * size
-    token = 5 * size + 1  # q, k, v, f, gate; beta
-    weights = size + min(tokens, 8) * (
-        size + size // 4
-    )  # norm; dt_bias and a, by the threads that compute decays
-    rows = threads + (threads // 32 * sequences if sequences > 1 else 0)
-    slots = min(tokens + 1, snapshots)
-    read = state + tokens * token + weights + rows
-    written = slots * state + tokens * size
-    assert only(tmp_path / "log", "KDA_SCAN") == (
-        4 * heads * sequences * read,
-        4 * heads * sequences * written,
-    )
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_convolutions_read_states_and_inputs_once(
-    shape: tuple[int, ...], program: Path, metal_backend: Path, tmp_path: Path
-) -> None:
-    """In tiles of 16 tokens, each of which reads the three inputs before it, too, and those of the new states."""
-    size, heads, tokens, sequences, snapshots = shape
-    result(program, metal_backend, "conv", *shape, KIMI_METAL_LOG=str(tmp_path / "log"))
-    tiles = (tokens + 15) // 16
-    slots = min(tokens + 1, snapshots)
-    again = 3 * (tiles - 1) + (3 * slots if tiles > 1 else 0)
-    rows = 32 + (sequences if sequences > 1 else 0)
-    read = size * (3 + tokens + again + 4 * tiles) + rows
-    written = size * (3 * slots + tokens)
-    units = 3 * heads * sequences
-    assert only(tmp_path / "log", "KDA_CONV") == (4 * units * read, 4 * units * written)
-
-
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 # Fault -> the text in the kernel, what it is instead, the cases that find it, and a pattern of the message.
 FAULTS = {

@@ -18,12 +18,10 @@ from cache_cases import CACHE_CASES
 from llama_script import (
     Setup,
     assert_same,
-    decode,
     drafts_rolled_back,
     play,
     saved_conversation,
     saved_for_another,
-    text,
 )
 from metal_program import compile_metal_backend, dispatches, on_metal, planted
 from native_program import compile_program, passed_cases, run_program
@@ -156,11 +154,6 @@ def test_keys_are_split_among_at_most_64_threadgroups(
     assert [each.kernel for each in ran[1:]] == ([REDUCE] if splits > 1 else [])
 
 
-def test_splits_of_more_than_64_keys(program: Path, metal_backend: Path) -> None:
-    """The smallest case: 17 blocks of rows, of which two of 128 keys each instead of four of 64."""
-    assert ", 0 failed" in run_program(program, metal_backend, "f16", "17", "200", "32", "causal", "1").stdout
-
-
 def test_backend_ops(engine: Engine, metal_backend: Path) -> None:
     """Cases of test-backend-ops, whose mask has finite values."""
     chosen = {"GGML_BACKEND_PATH": str(metal_backend), "KIMI_METAL_ORDER": "backwards"}
@@ -178,17 +171,6 @@ def test_a_planted_fault_is_found(fault: str, program: Path, metal_backend: Path
     assert ", 0 failed" in run_program(program, metal_backend, *case).stdout
     with planted(metal_backend, "fa_latent", right, wrong), pytest.raises(AssertionError, match=message):
         run_program(program, metal_backend, *case)
-
-
-def test_a_kernel_that_does_not_compile_is_not_used(
-    program: Path, metal_backend: Path, tmp_path: Path
-) -> None:
-    log = tmp_path / "log"
-    with planted(metal_backend, "fa_latent", "vs = visible", "vs = wrong"):
-        run_program(program, metal_backend, "f32", "1", "40", "2", "causal", "1", KIMI_METAL_LOG=str(log))
-    ran = [each.kernel for each in dispatches(log)]
-    assert any(each.startswith("kernel_flash_attn_ext_vec_f32_dk576_dv512") for each in ran)
-    assert not any(each.startswith(ATTEND) for each in ran)
 
 
 def test_a_missing_barrier_between_the_kernels_is_found(
@@ -255,13 +237,6 @@ def test_a_cache_is_saved_on_the_device_and_restored(
     np.testing.assert_array_equal(played.logits[-2:], played.logits[-4:-2])
     if cache_type == "F32":
         assert_same(played.logits, play(engine, model, Setup(**chosen), steps).logits)
-
-
-def test_kimi_ops_switches_it_off(metal_backend: Path, model: Path, engine: Engine, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    setup = on_metal(metal_backend, flash_attention=True)
-    play(engine, model, setup, [decode(*text(0, IDS[0][:2]))], KIMI_OPS="conv,scan", KIMI_METAL_LOG=str(log))
-    assert attention_kernels(log) == {"kernel_flash_attn_ext_vec_"}
 
 
 def attention_kernels(log: Path) -> set[str]:

@@ -312,12 +312,6 @@ def test_required_operators_have_to_pass(
             world.play(tmp_path, **variables)
 
 
-@pytest.mark.parametrize(("fault", "part"), [("COPY", "elided state copies"), ("LATENT_ATTN", "LATENT_ATTN")])
-def test_all_parts_are_required(fault: str, part: str, world: World, tmp_path: Path) -> None:
-    with pytest.raises(PlayError, match=f"KIMI_OPS=require: SECOND0: {part}: NMSE"):
-        world.play(tmp_path, KIMI_OPS="require", SECOND_SPOILS=fault)
-
-
 def verify(world: World, cache: Path, **variables: str) -> subprocess.Popen[str]:
     """kimi-verify without arguments: checks all devices again."""
     environment = {"GGML_BACKEND_PATH": str(world.backend), "KIMI_GGUF_CACHE": str(cache), **variables}
@@ -413,11 +407,6 @@ def test_a_damaged_or_foreign_file_is_ignored(
     assert CHECKS not in world.play(tmp_path).log
 
 
-def test_a_tilde_in_the_name_of_the_cache_is_the_home_folder(world: World, tmp_path: Path) -> None:
-    world.play(Path("~/cache"), HOME=str(tmp_path))
-    assert len(files(tmp_path / "cache")) == 1
-
-
 @pytest.mark.parametrize(
     ("fault", "repeated", "age"), [("CRASHES", True, 25), ("CRASHES", True, -1), ("SPOILS", False, 25)]
 )
@@ -458,13 +447,6 @@ def test_other_settings_of_the_backend_are_checked_again(world: World, tmp_path:
     assert len(files(tmp_path)) == 3
 
 
-def test_another_device_of_the_same_build_is_checked_again(world: World, tmp_path: Path) -> None:
-    world.play(tmp_path)
-    assert CHECKS in world.play(tmp_path, SECOND_DESCRIPTION="another one").log
-    assert len(files(tmp_path)) == 2
-    assert CHECKS not in world.play(tmp_path).log
-
-
 def test_a_file_of_the_build_that_changes_is_checked_again(world: World, tmp_path: Path) -> None:
     """The library with the kernels, ggml's common library, a library of the CPU, and the program."""
     build = tmp_path / "build"
@@ -497,12 +479,6 @@ def test_a_context_on_the_cpu_checks_nothing(loaded: bool, world: World, tmp_pat
     setup = Setup(backend=str(world.backend) if loaded else None, op_offload=False, flash_attention=True)
     assert "verify: " not in world.play(tmp_path, setup).log
     assert not (tmp_path / "devices").exists()
-
-
-def test_a_device_that_only_gets_large_batches_is_checked(world: World, tmp_path: Path) -> None:
-    """It holds no layer, but the scheduler may move nodes there."""
-    setup = Setup(backend=str(world.backend), op_offload=True, flash_attention=True)
-    assert CHECKS in world.play(tmp_path, setup).log
 
 
 def test_a_device_with_single_tensors_is_checked(world: World, tmp_path: Path) -> None:

@@ -113,17 +113,6 @@ def operators(
     return operators_of_last_graph(engine, case.gguf, case.ids[:tokens], options, monkeypatch)
 
 
-def test_the_switch_reaches_the_absorbed_form(
-    case: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logits = {}
-    for choice in ("conv,scan", "conv,scan,mla"):
-        monkeypatch.setenv("KIMI_OPS", choice)
-        options = RunOptions(n_ubatch=64, flash_attention=True)
-        logits[choice] = run_logits(engine, case.gguf, case.ids, options)
-    assert not (logits["conv,scan"] == logits["conv,scan,mla"]).all()
-
-
 # Form -> tokens of a ubatch, numbers of threads, and the types of the cache in the default tier: each type in one form.
 FORMS = {
     "decompressed": (TOKENS, (2, 7), ("F16", "Q8_0")),

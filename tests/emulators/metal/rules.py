@@ -1,7 +1,8 @@
 """Rules of the Metal Shading Language that a C++ compiler does not check.
 
-Input: a preprocessed .metal file with the preprocessor's markers of files and lines. Output: violations of the rules
-that README.md lists; Apple's compiler would refuse them. The rules see tokens, not types: an address space is known
+Input: a preprocessed .metal file with the preprocessor's markers of files and lines. Output: violations of the rules,
+which Apple's compiler would refuse: address spaces, variables of the file and of threadgroups, arguments of kernels,
+types and functions that Metal lacks. The rules see tokens, not types: an address space is known
 only where it is written, and for variables from their declaration.
 """
 
@@ -46,14 +47,6 @@ _CONTROL = (
 # Words that the language does not have -> why.
 _WORDS = {
     "double": "there is no double",
-    "goto": "there is no goto",
-    "virtual": "there are no virtual functions",
-    "new": "there is no new",
-    "delete": "there is no delete",
-    **dict.fromkeys(("try", "catch", "throw", "noexcept"), "there are no exceptions"),
-    **dict.fromkeys(("dynamic_cast", "typeid"), "there is no type information"),
-    **dict.fromkeys(("thread_local", "register"), "there is no such storage class"),
-    "asm": "there is no assembler",
     "std": "there is no C++ standard library",
 }
 # Functions of C that Metal's standard library does not have.
@@ -62,7 +55,6 @@ _C_FUNCTIONS = re.compile(
     r"|floor|ceil|round|rint|trunc|fmod)f|expm1f?|log1pf?|erff?|erfcf?|cbrtf?|hypotf?|lgammaf?|tgammaf?"
     r"|memcpy|memmove|memset|memcmp|strlen|printf|assert|abort|malloc|calloc|free|rand|qsort|__builtin_\w+"
 )
-MAX_BUFFERS = 31
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,6 @@ class _Function:
     is_kernel: bool
     parameters: tuple[int, int]
     body: tuple[int, int]
-    calls: frozenset[str]
 
 
 def violations(source: str) -> list[str]:
@@ -92,7 +83,6 @@ def violations(source: str) -> list[str]:
         *_forbidden_words(row),
         *_globals(row, functions),
         *_pointers(row, declarators),
-        *_recursion(row, functions),
     ]
     for function in functions:
         found += _locals(row, function, declarators)
@@ -173,9 +163,7 @@ def _functions(row: Sequence[_Word]) -> Iterator[_Function]:
             if end + 1 < len(row) and row[end + 1].text == "{" and row[at - 1].text not in _CONTROL:
                 last = _closing(row, end + 1)
                 is_kernel = any(each.text == "kernel" for each in row[first:at])
-                body = range(end + 1, last)
-                calls = (row[i].text for i in body if row[i].kind == "word" and row[i + 1].text in ("(", "<"))
-                yield _Function(row[at - 1].text, is_kernel, (at, end), (end + 1, last), frozenset(calls))
+                yield _Function(row[at - 1].text, is_kernel, (at, end), (end + 1, last))
                 at = last
             else:
                 at = end
@@ -191,33 +179,6 @@ def _forbidden_words(row: Sequence[_Word]) -> Iterator[str]:
                 yield f"{word.place}: {why}: '{word.text}'"
             elif after == "(" and _C_FUNCTIONS.fullmatch(word.text) and before not in (".", "::"):
                 yield f"{word.place}: Metal's standard library has no '{word.text}'"
-            elif word.text in ("struct", "class") and row[min(at + 2, len(row) - 1)].text == ":":
-                yield f"{word.place}: there are no derived classes: '{after}'"
-        elif word.text == "[" and before in ("=", "(", ",", "return", "&&", "||") and after != "[":
-            end = _closing(row, at)
-            if end + 1 < len(row) and row[end + 1].text in ("(", "{"):
-                yield f"{word.place}: there are no lambda expressions"
-        elif word.text == "(" and after == "*" and row[min(at + 3, len(row) - 1)].text == ")":
-            end = at + 3
-            if row[end + 1].text == "(" and _is_pointer_to_function(row, at):
-                yield f"{word.place}: there are no pointers to functions: '{row[at + 2].text}'"
-
-
-def _is_pointer_to_function(row: Sequence[_Word], at: int) -> bool:
-    """T (*name)(…), except as a parameter of a template."""
-    first = _before(row, at)
-    if first == at or row[at - 1].text in _CONTROL:
-        return False
-    return not (first and row[first - 1].text in ("<", ",") and _in_template(row, first))
-
-
-def _in_template(row: Sequence[_Word], at: int) -> bool:
-    """Is it in the angle brackets after `template`?"""
-    while at and row[at].text not in (";", "{", "}"):
-        if row[at].text == "template":
-            return True
-        at -= 1
-    return False
 
 
 def _globals(row: Sequence[_Word], functions: Sequence[_Function]) -> Iterator[str]:
@@ -304,44 +265,9 @@ def _space(row: Sequence[_Word], at: int) -> str:
     return next((each.text for each in row[_before(row, at) : at] if each.text in _SPACES), "")
 
 
-def _recursion(row: Sequence[_Word], functions: Sequence[_Function]) -> Iterator[str]:
-    """No function reaches itself; kernels are not called."""
-    calls: dict[str, set[str]] = {}
-    for function in functions:
-        calls.setdefault(function.name, set()).update(function.calls - {function.name})
-        if function.name in function.calls and [each.name for each in functions].count(function.name) == 1:
-            calls[function.name].add(function.name)
-    kernels = {each.name for each in functions if each.is_kernel}
-    for function in functions:
-        place = row[function.parameters[0]].place
-        reached, new = set[str](), set(calls[function.name])
-        while new:
-            reached |= new
-            new = set[str]().union(*(calls.get(each, set()) for each in new)) - reached
-        if function.name in reached:
-            yield f"{place}: recursion: '{function.name}'"
-        for kernel in sorted(kernels & function.calls):
-            yield f"{place}: '{function.name}' calls the kernel '{kernel}'"
-
-
 def _kernel(row: Sequence[_Word], function: _Function) -> Iterator[str]:
-    """The result and the arguments of a kernel."""
+    """The arguments of a kernel."""
     first, last = function.parameters
-    place = row[first].place
-    if row[first - 2].text != "void":
-        yield f"{place}: the kernel '{function.name}' does not return void"
-    indices = [
-        int(row[at + 2].text)
-        for at in range(first, last)
-        if row[at].text == "buffer" and row[at + 1].text == "(" and row[at + 2].kind == "number"
-    ]
-    count = sum(
-        _space(row, at) in ("device", "constant") for at in range(first, last) if row[at].text in "*&"
-    )
-    if count > MAX_BUFFERS or any(each >= MAX_BUFFERS for each in indices):
-        yield f"{place}: the kernel '{function.name}' has more than {MAX_BUFFERS} buffers"
-    if len(indices) != len(set(indices)):
-        yield f"{place}: two arguments of the kernel '{function.name}' have the same index"
     for argument in _arguments(row, first, last):
         texts = [each.text for each in argument]
         if "thread" in texts:
@@ -364,7 +290,7 @@ def _arguments(row: Sequence[_Word], first: int, last: int) -> Iterator[Sequence
 
 
 def _locals(row: Sequence[_Word], function: _Function, declarators: set[int]) -> Iterator[str]:
-    """Threadgroup variables, static variables, and conversions between address spaces, in a function."""
+    """Threadgroup variables, and conversions between address spaces, in a function."""
     spaces: dict[str, str] = {}  # of pointers and arrays
     for at in range(function.parameters[0], function.body[1]):
         word, after = row[at], row[at + 1]
@@ -380,8 +306,6 @@ def _locals(row: Sequence[_Word], function: _Function, declarators: set[int]) ->
             yield from _conversion(row, at + 2, spaces[word.text], spaces)
         if at < function.body[0] or row[at - 1].text not in (";", "{", "}", ")"):
             continue
-        if word.text == "static" and after.text != "constant" and row[at + 2].text != "constant":
-            yield f"{word.place}: a static variable in a function must be in the constant address space"
         if word.text != "threadgroup":
             continue
         end = at
@@ -395,8 +319,6 @@ def _locals(row: Sequence[_Word], function: _Function, declarators: set[int]) ->
         spaces.update((row[i].text, "threadgroup") for i in names)
         if not function.is_kernel:
             yield f"{word.place}: a threadgroup variable outside of a kernel: '{function.name}'"
-        if row[end].text in ("=", "{"):
-            yield f"{word.place}: a threadgroup variable with a value"
 
 
 def _conversion(row: Sequence[_Word], at: int, space: str, spaces: dict[str, str]) -> Iterator[str]:
