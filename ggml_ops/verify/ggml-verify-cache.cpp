@@ -125,15 +125,15 @@ bool ggml_verify_read(ggml_verify_report & report) {
         text.compare(0, key.size(), key) != 0) {
         return false;
     }
-    ggml_verify_report found   = report;
+    ggml_verify_report cached  = report;
     int                n_found = 0;
     for (const std::string & line : split(text.substr(key.size(), end - key.size()), '\n')) {
-        n_found += ggml_verify_from_line(line, found);
+        n_found += ggml_verify_from_line(line, cached);
     }
-    if (n_found != GGML_VERIFY_N_PARTS || is_outdated(found, path)) {
+    if (n_found != GGML_VERIFY_N_PARTS || is_outdated(cached, path)) {
         return false;
     }
-    report = found;
+    report = cached;
     return true;
 }
 

@@ -151,16 +151,16 @@ ggml_verify_process ggml_verify_run(const std::vector<std::string> & command, do
     char    buffer[4096];
     ssize_t n = 1;
     while (n != 0 && !result.timed_out) {
-        pollfd    ready = { output, POLLIN, 0 };
-        const int found = poll(&ready, 1, milliseconds_until(end));
-        if (found > 0) {
+        pollfd    ready   = { output, POLLIN, 0 };
+        const int n_ready = poll(&ready, 1, milliseconds_until(end));
+        if (n_ready > 0) {
             n = read(output, buffer, sizeof(buffer));
             if (n < 0 && errno != EINTR) {
                 break;
             }
             result.output.append(buffer, std::max<ssize_t>(n, 0));
         }
-        result.timed_out = found == 0;
+        result.timed_out = n_ready == 0;
     }
     close(output);
     int status = 0;
@@ -203,18 +203,18 @@ std::string ggml_verify_program() {
 
 // Variables that select kernels or devices, such as GGML_METAL_FUSION_DISABLE and CUDA_VISIBLE_DEVICES.
 static std::vector<std::string> settings() {
-    std::vector<std::string> found;
+    std::vector<std::string> paths;
     for (char ** variable = environ; *variable; ++variable) {
         std::string text = *variable;
         for (const char * prefix : { "GGML_METAL_", "GGML_CUDA_", "CUDA_", "MTL_" }) {
             if (text.rfind(prefix, 0) == 0) {
                 std::replace_if(text.begin(), text.end(), [](char c) { return (unsigned char) c < ' '; }, ' ');
-                found.push_back(text);
+                paths.push_back(text);
             }
         }
     }
-    std::sort(found.begin(), found.end());
-    return found;
+    std::sort(paths.begin(), paths.end());
+    return paths;
 }
 
 std::string ggml_verify_driver() {

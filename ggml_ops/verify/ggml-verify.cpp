@@ -138,14 +138,14 @@ static double seconds_allowed() {
     if (!text || !*text) {
         return SECONDS;
     }
-    char *       end   = nullptr;
-    const double found = strtod(text, &end);
-    if (*end || !(found >= 0 && found <= MOST_SECONDS)) {
+    char *       end     = nullptr;
+    const double seconds = strtod(text, &end);
+    if (*end || !(seconds >= 0 && seconds <= MOST_SECONDS)) {
         GGML_LOG_WARN("verify: KIMI_VERIFY_SECONDS is '%s', expected a number from 0 to %g: %g is used\n", text,
                       MOST_SECONDS, SECONDS);
         return SECONDS;
     }
-    return found;
+    return seconds;
 }
 
 // The library with the kernels, and a hash that changes with it, with ggml's common code, with the CPU backends, whose

@@ -75,10 +75,10 @@ static bool join(group & g, ggml_tensor * op, const ggml_compute_params * params
 
 // the parameters with which p's weights locate their activations
 static ggml_compute_params params_of(const product & p, const ggml_compute_params * params) {
-    ggml_compute_params own = *params;
-    own.wdata               = (char *) params->wdata + p.packed;
-    own.wsize               = params->wsize - p.packed;
-    return own;
+    ggml_compute_params product_params = *params;
+    product_params.wdata               = (char *) params->wdata + p.packed;
+    product_params.wsize               = params->wsize - p.packed;
+    return product_params;
 }
 
 int products(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params) {
@@ -99,8 +99,8 @@ int products(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params *
 
     for (int i = 0; i < g.count; ++i) {
         if (!g.all[i].shares) {
-            ggml_compute_params own = params_of(g.all[i], params);
-            g.all[i].weights->pack_activations(&own, g.all[i].op);
+            ggml_compute_params product_params = params_of(g.all[i], params);
+            g.all[i].weights->pack_activations(&product_params, g.all[i].op);
         }
     }
     if (params->ith == 0) {
@@ -112,11 +112,11 @@ int products(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params *
     int64_t    before   = 0;                // chunks of the matmuls before this one
     int64_t    chunk    = params->ith;
     for (int i = 0; i < g.count; ++i) {
-        const product &     p   = g.all[i];
-        ggml_compute_params own = params_of(p, params);
+        const product &     p              = g.all[i];
+        ggml_compute_params product_params = params_of(p, params);
         while (chunk < before + p.n_chunks) {
             const int64_t row = (chunk - before) * p.chunk;
-            p.weights->multiply_rows(&own, p.op, row, std::min(row + p.chunk, p.op->src[0]->ne[1]));
+            p.weights->multiply_rows(&product_params, p.op, row, std::min(row + p.chunk, p.op->src[0]->ne[1]));
             chunk = stealing ? ggml_threadpool_chunk_add(params->threadpool, 1) : chunk + params->nth;
         }
         before += p.n_chunks;

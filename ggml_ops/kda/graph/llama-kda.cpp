@@ -32,9 +32,9 @@ static constexpr Family families[] = {
 };
 
 static const Family * family_of(llm_arch arch) {
-    const auto * end   = std::end(families);
-    const auto * found = std::find_if(families, end, [&](const Family & each) { return each.arch == arch; });
-    return found == end ? nullptr : found;
+    const auto * end    = std::end(families);
+    const auto * family = std::find_if(families, end, [&](const Family & candidate) { return candidate.arch == arch; });
+    return family == end ? nullptr : family;
 }
 
 // Logs the reason, once per context: upstream's graph is used instead. Throws if `ops` requires the operators.

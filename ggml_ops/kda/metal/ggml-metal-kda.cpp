@@ -54,9 +54,9 @@ static bool kernels_fit(ggml_metal_library_t lib, const ggml_tensor * op) {
     std::lock_guard<std::mutex>   lock(mutex);
 
     const Kernel key   = { lib, op->op, head_size_of(op), is_bounded(op) };
-    const auto   found = known.find(key);
-    if (found != known.end()) {
-        return found->second;
+    const auto   entry = known.find(key);
+    if (entry != known.end()) {
+        return entry->second;
     }
     const int n_threads = 32 * n_simdgroups_of(op);
     return known[key]   = ggml_metal_pipeline_allows(get_pipeline(lib, op, false), n_threads) &&

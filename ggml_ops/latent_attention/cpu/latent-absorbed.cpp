@@ -266,26 +266,26 @@ void attend(const ggml_tensor * dst,
             int64_t             begin,
             int64_t             end,
             const float *       queries,
-            float *             own,
+            float *             scratch,
             float *             sums) {
     const ggml_tensor * k = dst->src[1];
 
     const int64_t n_rows = block.n_rows;
     const int64_t n_cols = pad_lanes(n_rows);
 
-    float * keys    = own + p.at_tile;
-    float * scores  = own + p.at_scores;
-    float * rescale = own + p.at_rescale;
+    float * keys    = scratch + p.at_tile;
+    float * scores  = scratch + p.at_scores;
+    float * rescale = scratch + p.at_rescale;
     float * maximum = sums;
     float * sum     = sums + p.at_sum;
     float * out     = sums + p.at_out;
 
     CodeTile codes = { p.dk,
                        p.dv,
-                       (int16_t *) (own + p.at_codes),
-                       own + p.at_code_scales,
-                       (int32_t *) (own + p.at_code_pairs),
-                       own + p.at_room,
+                       (int16_t *) (scratch + p.at_codes),
+                       scratch + p.at_code_scales,
+                       (int32_t *) (scratch + p.at_code_pairs),
+                       scratch + p.at_room,
                        0 };
 
     std::fill(maximum, maximum + n_cols, -INFINITY);
@@ -372,13 +372,13 @@ void write_sums(const ggml_tensor * dst, const Plan & p, const Block & block, in
 
 // One block over all its keys.
 template <bool INTEGER>
-void attend_all(const ggml_tensor * dst, const Plan & p, const Block & block, const float * queries, float * own) {
+void attend_all(const ggml_tensor * dst, const Plan & p, const Block & block, const float * queries, float * scratch) {
     const Keys keys  = keys_of(order_of(dst), block.group, p.n_keys);
-    float *    total = own + p.at_total;
-    float *    sums  = own + p.at_sums;
-    attend<INTEGER>(dst, p, block, keys, 0, std::min(keys.n, first_key(1)), queries, own, total);
+    float *    total = scratch + p.at_total;
+    float *    sums  = scratch + p.at_sums;
+    attend<INTEGER>(dst, p, block, keys, 0, std::min(keys.n, first_key(1)), queries, scratch, total);
     for (int64_t split = 1; first_key(split) < keys.n; ++split) {
-        attend<INTEGER>(dst, p, block, keys, first_key(split), std::min(keys.n, first_key(split + 1)), queries, own,
+        attend<INTEGER>(dst, p, block, keys, first_key(split), std::min(keys.n, first_key(split + 1)), queries, scratch,
                         sums);
         for (int64_t i = 0; i < block.n_rows; ++i) {
             add_split(p, sums, i, total);
@@ -391,7 +391,7 @@ void attend_all(const ggml_tensor * dst, const Plan & p, const Block & block, co
 
 template <bool INTEGER> void compute(const ggml_compute_params * params, const ggml_tensor * dst, const Plan & p) {
     float * work    = (float *) (((uintptr_t) params->wdata + 63) / 64 * 64);
-    float * own     = work + params->ith * p.thread_size;
+    float * scratch = work + params->ith * p.thread_size;
     float * sums    = work + p.n_busy(params->nth) * p.thread_size;
     float * queries = sums + p.n_tasks() * p.sums_size;  // common to all threads, like the sums of the splits
 
@@ -415,10 +415,10 @@ template <bool INTEGER> void compute(const ggml_compute_params * params, const g
             const int64_t split = p.n_splits - 1 - task / p.n_blocks;  // the longest first
             const Keys    keys  = keys_of(order_of(dst), block.group, p.n_keys);
             attend<INTEGER>(dst, p, block, keys, first_key(split), std::min(keys.n, first_key(split + 1)),
-                            queries + i * p.q_size, own, sums + (i * p.n_splits + split) * p.sums_size);
+                            queries + i * p.q_size, scratch, sums + (i * p.n_splits + split) * p.sums_size);
         } else {
-            load_queries<INTEGER>(dst, p, block, 0, p.dk, own + p.at_q);
-            attend_all<INTEGER>(dst, p, block, own + p.at_q, own);
+            load_queries<INTEGER>(dst, p, block, 0, p.dk, scratch + p.at_q);
+            attend_all<INTEGER>(dst, p, block, scratch + p.at_q, scratch);
         }
     }
 

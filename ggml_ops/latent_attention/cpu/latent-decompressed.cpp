@@ -179,16 +179,16 @@ Keys keys_in(const ggml_tensor * dst, const Plan & p, int64_t stream) {
 }
 
 #if LATENT_PAIRS
-ValueUnits value_units(const Plan & p, float * own) {
-    return { own + p.at_value_units, own + p.at_value_units + TILE_KEYS };
+ValueUnits value_units(const Plan & p, float * scratch) {
+    return { scratch + p.at_value_units, scratch + p.at_value_units + TILE_KEYS };
 }
 #endif
 
 // Expands the tile's rows of the cache to keys [NOPE, ROPE] and, in panels, values of one head.
-void expand(const Plan & p, int n_keys, const float * weights, float * own) {
-    float *       latents   = own + p.at_tile;
-    float *       keys      = own + p.at_key;
-    float *       values    = own + p.at_value;
+void expand(const Plan & p, int n_keys, const float * weights, float * scratch) {
+    float *       latents   = scratch + p.at_tile;
+    float *       keys      = scratch + p.at_key;
+    float *       values    = scratch + p.at_value;
     const int64_t ld_latent = align(p.s.n_cache);
     const int64_t ld_key    = align(p.s.n_key + LANES);
     const auto    product   = [&](int64_t n_cols, const float * b, const Matrix<float> & c) {
@@ -206,27 +206,27 @@ void expand(const Plan & p, int n_keys, const float * weights, float * own) {
 #if LATENT_PAIRS
     if (p.pairs) {
         round_values(n_keys, pad_lanes(p.s.n_value), in_panels((const float *) values, TILE_KEYS),
-                     in_panels((int32_t *) (own + p.at_value_pairs), TILE_KEYS / 2), value_units(p, own));
+                     in_panels((int32_t *) (scratch + p.at_value_pairs), TILE_KEYS / 2), value_units(p, scratch));
     }
 #endif
 }
 
 // Adds softmax weights times values of a tile to the rows of a block.
-void add_values(const Plan & p, int n_keys, int64_t n_queries, float * own, float * out) {
-    const float * weights  = own + p.at_scores;
-    const float * rescale  = own + p.at_rescale;
+void add_values(const Plan & p, int n_keys, int64_t n_queries, float * scratch, float * out) {
+    const float * weights  = scratch + p.at_scores;
+    const float * rescale  = scratch + p.at_rescale;
     const int64_t n_cols   = pad_lanes(n_queries);
     const int64_t ld_value = pad_lanes(p.s.n_value);
     if (!p.pairs) {
         multiply<Accumulate::SCALE>(Product{ n_queries, ld_value, n_keys, weights, 1, n_cols,
-                                             in_panels((const float *) own + p.at_value, TILE_KEYS),
+                                             in_panels((const float *) scratch + p.at_value, TILE_KEYS),
                                              in_rows(out, ld_value), rescale, nullptr });
         return;
     }
 #if LATENT_PAIRS
-    int32_t * pairs = (int32_t *) (own + p.at_score_pairs);
-    float *   units = own + p.at_score_units;
-    round_weights(n_keys, n_cols, weights, value_units(p, own), pairs, units);
+    int32_t * pairs = (int32_t *) (scratch + p.at_score_pairs);
+    float *   units = scratch + p.at_score_units;
+    round_weights(n_keys, n_cols, weights, value_units(p, scratch), pairs, units);
     for (int key = 0; key < n_keys; key += SEGMENT_KEYS) {
         const int64_t     n_pairs = (std::min<int64_t>(SEGMENT_KEYS, n_keys - key) + 1) / 2;
         const PairProduct product = { n_queries,
@@ -235,7 +235,7 @@ void add_values(const Plan & p, int n_keys, int64_t n_queries, float * own, floa
                                       pairs + key / 2 * n_cols,
                                       1,
                                       n_cols,
-                                      in_panels((const int32_t *) (own + p.at_value_pairs) + key / 2 * PANEL,
+                                      in_panels((const int32_t *) (scratch + p.at_value_pairs) + key / 2 * PANEL,
                                                 TILE_KEYS / 2),
                                       in_rows(out, ld_value),
                                       rescale,
@@ -251,18 +251,22 @@ void add_values(const Plan & p, int n_keys, int64_t n_queries, float * own, floa
 }
 
 // map: visibility of each group of keys for all queries of the task's stream; weights: those of the head.
-void attend(
-    const ggml_tensor * dst, const Plan & p, const Task & task, const View * map, const float * weights, float * own) {
+void attend(const ggml_tensor * dst,
+            const Plan &        p,
+            const Task &        task,
+            const View *        map,
+            const float *       weights,
+            float *             scratch) {
     const ggml_tensor * k = dst->src[1];
 
-    float * queries = own + p.at_q;
-    float * latents = own + p.at_tile;
-    float * keys    = own + p.at_key;
-    float * scores  = own + p.at_scores;
-    float * rescale = own + p.at_rescale;
-    float * maximum = own + p.at_max;
-    float * sum     = own + p.at_sum;
-    float * out     = own + p.at_out;
+    float * queries = scratch + p.at_q;
+    float * latents = scratch + p.at_tile;
+    float * keys    = scratch + p.at_key;
+    float * scores  = scratch + p.at_scores;
+    float * rescale = scratch + p.at_rescale;
+    float * maximum = scratch + p.at_max;
+    float * sum     = scratch + p.at_sum;
+    float * out     = scratch + p.at_out;
 
     const int64_t ld_key   = align(p.s.n_key + LANES);
     const int64_t ld_value = pad_lanes(p.s.n_value);
@@ -296,7 +300,7 @@ void attend(
             }
             if (!expanded) {
                 read_rows(tile, k->type, cache, k->nb[1], p.s.n_cache, latents, align(p.s.n_cache));
-                expand(p, tile.n_keys, weights, own);
+                expand(p, tile.n_keys, weights, scratch);
                 expanded = true;
             }
             const float * q = queries + at * p.s.n_key;
@@ -306,7 +310,7 @@ void attend(
                 add_mask(tile, some.row(i), i, i + 1, n_cols, scores);
             }
             softmax_tile(tile.n_keys, n_cols, scores, maximum + at, sum + at, rescale);
-            add_values(p, tile.n_keys, n_queries, own, out + at * ld_value);
+            add_values(p, tile.n_keys, n_queries, scratch, out + at * ld_value);
         }
     }
 
@@ -348,7 +352,7 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
     }
     const int64_t n_busy  = p.n_busy(params->nth);
     float *       all     = (float *) (((uintptr_t) params->wdata + 63) / 64 * 64);
-    float *       own     = all + params->ith * p.thread_size;
+    float *       scratch = all + params->ith * p.thread_size;
     float *       weights = all + n_busy * p.thread_size;
     View *        map     = (View *) (weights + p.n_weights(params->nth) * p.weights_size);
 
@@ -361,9 +365,9 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
     }
     const auto load = [&](int64_t head, bool values, float * to) {
         if (values) {
-            load_v_b(dst->src[3], head, p, own + p.at_rows, to + p.at_v_b, to + p.at_v_b_units);
+            load_v_b(dst->src[3], head, p, scratch + p.at_rows, to + p.at_v_b, to + p.at_v_b_units);
         } else {
-            load_k_b(dst->src[2], head, p, own + p.at_rows, to);
+            load_k_b(dst->src[2], head, p, scratch + p.at_rows, to);
         }
     };
     if (p.n_parts > 1 && params->ith < n_busy) {
@@ -377,15 +381,15 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
     ggml_barrier(params->threadpool);
 
     for (int64_t i = params->ith; i < p.n_tasks(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t head   = i / p.n_parts % p.s.n_heads;
-        const int64_t query0 = i % p.n_parts * p.task_blocks * BLOCK_QUERIES;
-        const int64_t query1 = std::min(p.s.n_queries, query0 + p.task_blocks * BLOCK_QUERIES);
-        const Task    task   = { i / p.n_parts / p.s.n_heads, head, query0, query1 };
-        float *       those  = weights + (p.n_parts > 1 ? head : params->ith) * p.weights_size;
+        const int64_t head         = i / p.n_parts % p.s.n_heads;
+        const int64_t query0       = i % p.n_parts * p.task_blocks * BLOCK_QUERIES;
+        const int64_t query1       = std::min(p.s.n_queries, query0 + p.task_blocks * BLOCK_QUERIES);
+        const Task    task         = { i / p.n_parts / p.s.n_heads, head, query0, query1 };
+        float *       head_weights = weights + (p.n_parts > 1 ? head : params->ith) * p.weights_size;
         if (p.n_parts == 1) {
-            load(head, false, those);
-            load(head, true, those);
+            load(head, false, head_weights);
+            load(head, true, head_weights);
         }
-        attend(dst, p, task, map + task.stream * p.n_groups, those, own);
+        attend(dst, p, task, map + task.stream * p.n_groups, head_weights, scratch);
     }
 }

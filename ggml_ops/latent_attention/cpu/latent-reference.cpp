@@ -31,14 +31,14 @@ static void attend(const ggml_tensor *            dst,
                    int64_t                        stream,
                    int64_t                        query,
                    int64_t                        head,
-                   float *                        own) {
+                   float *                        scratch) {
     const ggml_tensor * q    = dst->src[0];
     const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * k_b  = dst->src[2];
     const ggml_tensor * v_b  = dst->src[3];
     const ggml_tensor * mask = dst->src[4];
 
-    float * weight   = own;
+    float * weight   = scratch;
     float * absorbed = weight + std::max(s.n_nope, s.n_latent);
     float * cached   = absorbed + s.n_cache;
     float * total    = cached + s.n_cache;
@@ -84,10 +84,10 @@ static void attend(const ggml_tensor *            dst,
 }
 
 void compute_reference(const ggml_compute_params * params, ggml_tensor * dst) {
-    const ggml_latent_attn_shape s   = ggml_latent_attn_get_shape(dst);
-    float *                      own = (float *) params->wdata + params->ith * thread_size(s);
+    const ggml_latent_attn_shape s       = ggml_latent_attn_get_shape(dst);
+    float *                      scratch = (float *) params->wdata + params->ith * thread_size(s);
     for (int64_t row = params->ith; row < s.n_streams * s.n_queries * s.n_heads; row += params->nth) {
-        attend(dst, s, row / (s.n_queries * s.n_heads), row / s.n_heads % s.n_queries, row % s.n_heads, own);
+        attend(dst, s, row / (s.n_queries * s.n_heads), row / s.n_heads % s.n_queries, row % s.n_heads, scratch);
     }
 }
 

@@ -192,9 +192,9 @@ template <typename F> static void for_each_choice(const ggml_tensor * product, i
 // The columns of a MUL_MAT_ID are sorted by expert, in the order of tokens within each: each sorter counts those of its
 // tokens, and when all have counted, each knows where its own are placed.
 static void count_choices(const ggml_tensor * product, int sorter, int n_sorters, int64_t * counts) {
-    int64_t * own = counts + sorter * count_matrices(product);
-    std::fill(own, own + count_matrices(product), 0);
-    for_each_choice(product, sorter, n_sorters, [&](int64_t, int64_t, int32_t expert) { own[expert]++; });
+    int64_t * sorter_counts = counts + sorter * count_matrices(product);
+    std::fill(sorter_counts, sorter_counts + count_matrices(product), 0);
+    for_each_choice(product, sorter, n_sorters, [&](int64_t, int64_t, int32_t expert) { sorter_counts[expert]++; });
 }
 
 static void
@@ -247,9 +247,9 @@ static void multiply_rows(const Format &      format,
                           Columns             columns,
                           Panel (&panels)[MAX_PANELS],
                           Sums & sums) {
-    const int64_t n_blocks = src0->ne[0] / BLOCK;
-    const int     each     = panel_blocks(format.scheme);
-    const int     step     = columns.n > COLUMNS_OF_FEW_TILES ? MAX_PANELS * each : each;
+    const int64_t n_blocks         = src0->ne[0] / BLOCK;
+    const int     blocks_per_panel = panel_blocks(format.scheme);
+    const int     step     = columns.n > COLUMNS_OF_FEW_TILES ? MAX_PANELS * blocks_per_panel : blocks_per_panel;
     const size_t  act_step = act_row_size(format.scheme, step * BLOCK);
     const bool    into_l1  = prefetches_in_order();
     const char *  next     = ahead.first;
@@ -264,9 +264,9 @@ static void multiply_rows(const Format &      format,
         } else {
             prefetch<2>(next, before);
         }
-        for (int b = 0; b < here; b += each) {
-            const int n = std::min(each, here - b);
-            format.unpack(weights, src0->nb[1], row, src0->ne[1], block + b, n, panels[b / each]);
+        for (int b = 0; b < here; b += blocks_per_panel) {
+            const int n = std::min(blocks_per_panel, here - b);
+            format.unpack(weights, src0->nb[1], row, src0->ne[1], block + b, n, panels[b / blocks_per_panel]);
         }
         multiply(format, panels, here, { act, columns.n }, { next + before, piece - before }, block == 0, sums[0]);
         next += piece;
@@ -431,19 +431,19 @@ static void compute_task(const Format & format,
             const Place   after   = row + PANEL_ROWS < end ? Place{ matrix, row + PANEL_ROWS } : next;
             const int64_t n_after = std::min<int64_t>(PANEL_ROWS, src0->ne[1] - after.row);
             if (dots != nullptr) {
-                const size_t     stride = src0->nb[1];
-                const char *     first  = weights + row * stride;
-                const char *     then   = weights_of(job.products[p], after.matrix) + after.row * stride;
-                const WeightRows those  = { first, stride, n_rows, n_after > 0 ? then : first };
-                dots->multiply(those, *scratch.sums[p]);
+                const size_t     stride    = src0->nb[1];
+                const char *     first     = weights + row * stride;
+                const char *     next_rows = weights_of(job.products[p], after.matrix) + after.row * stride;
+                const WeightRows rows      = { first, stride, n_rows, n_after > 0 ? next_rows : first };
+                dots->multiply(rows, *scratch.sums[p]);
                 continue;
             }
-            const bool          last    = p + 1 == job.n_products;
-            const ggml_tensor * follows = job.products[last ? 0 : p + 1];
-            const Place         then    = last ? after : Place{ matrix, row };
-            const int64_t       n_then  = last ? n_after : n_rows;
-            const size_t        stride  = follows->src[0]->nb[1];
-            const Ahead         ahead   = { weights_of(follows, then.matrix) + then.row * stride, n_then * stride };
+            const bool          last       = p + 1 == job.n_products;
+            const ggml_tensor * follows    = job.products[last ? 0 : p + 1];
+            const Place         next_place = last ? after : Place{ matrix, row };
+            const int64_t       n_then     = last ? n_after : n_rows;
+            const size_t        stride     = follows->src[0]->nb[1];
+            const Ahead ahead = { weights_of(follows, next_place.matrix) + next_place.row * stride, n_then * stride };
             if (tiles != nullptr) {
                 const TileWeights rows = { format, weights, src0->nb[1], row, src0->ne[1], src0->ne[0] / BLOCK };
                 multiply_tiles(rows, { act, n }, ahead, scratch.sums[p][0], *tiles);
@@ -511,16 +511,17 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
         const bool    dots         = uses_dots(format, product, n);
         TileScratch * here_tiles   = !dots && uses_tiles(format, n) ? tiles : nullptr;
         while (task < first_task + n_tasks) {
-            const int64_t  part     = (task - first_task) / division.rows;
-            const int64_t  row_part = (task - first_task) % division.rows;
-            const int64_t  row      = division.first_row(n_rows, row_part);
-            const int64_t  end      = division.first_row(n_rows, row_part + 1);
-            const int64_t  first    = n * part / column_parts;
-            const int      here     = (int) (n * (part + 1) / column_parts - first);
-            const Column * those    = columns + starts[m] + first;
+            const int64_t  part         = (task - first_task) / division.rows;
+            const int64_t  row_part     = (task - first_task) % division.rows;
+            const int64_t  row          = division.first_row(n_rows, row_part);
+            const int64_t  end          = division.first_row(n_rows, row_part + 1);
+            const int64_t  first        = n * part / column_parts;
+            const int      here         = (int) (n * (part + 1) / column_parts - first);
+            const Column * task_columns = columns + starts[m] + first;
             // the next task of this thread if all threads progress equally
             const Place next = find_task(division, starts, n_matrices, n_rows, task + params->nth, m, first_task);
-            compute_task(format, job, m, row, end, next, acts, those, here, dots ? &few : nullptr, here_tiles, scratch);
+            compute_task(format, job, m, row, end, next, acts, task_columns, here, dots ? &few : nullptr, here_tiles,
+                         scratch);
             task = stealing ? ggml_threadpool_chunk_add(params->threadpool, 1) : task + params->nth;
         }
         first_task += n_tasks;

@@ -75,15 +75,15 @@ size_t server_checkpoints_fit(const std::vector<server_checkpoints_owner> & owne
         for (const auto & owner : owners) {
             int64_t before = 0;
             for (auto it = owner.checkpoints->begin(); it != owner.checkpoints->end(); ++it) {
-                const auto &  own    = **it;
-                const auto    next   = std::next(it);
-                const int64_t after  = next == owner.checkpoints->end() ? owner.n_tokens : (*next)->n_tokens;
-                const double  weight = own.at_message ? WORTH_MESSAGE : 1.0;
-                const double  far    = (double) std::max<int64_t>(0, owner.n_tokens - own.n_tokens) + WORTH_DISTANCE;
-                const double  here   = weight * (double) (after - before) / far / (double) (1 + owner.age);
-                double &      most   = worth[&own];
-                most                 = std::max(most, here);
-                before               = own.n_tokens;
+                const auto &  checkpoint = **it;
+                const auto    next       = std::next(it);
+                const int64_t after      = next == owner.checkpoints->end() ? owner.n_tokens : (*next)->n_tokens;
+                const double  weight     = checkpoint.at_message ? WORTH_MESSAGE : 1.0;
+                const double far = (double) std::max<int64_t>(0, owner.n_tokens - checkpoint.n_tokens) + WORTH_DISTANCE;
+                const double here = weight * (double) (after - before) / far / (double) (1 + owner.age);
+                double &     most = worth[&checkpoint];
+                most              = std::max(most, here);
+                before            = checkpoint.n_tokens;
             }
         }
         if (worth.empty()) {

@@ -353,8 +353,8 @@ void read_identity() {
         std::string & text = identity["control vectors"];
         text               = string_format("layers %d to %d", params_base.control_vector_layer_start,
                                            params_base.control_vector_layer_end);
-        for (const auto & each : params_base.control_vectors) {
-            text += " " + server_file_identity(each.fname) + string_format("*%g", each.strength);
+        for (const auto & vector : params_base.control_vectors) {
+            text += " " + server_file_identity(vector.fname) + string_format("*%g", vector.strength);
         }
     }
 
@@ -364,20 +364,20 @@ void read_identity() {
                       params_base.yarn_beta_fast, params_base.yarn_beta_slow, params_base.yarn_orig_ctx);
 
     std::string & overrides = identity["overridden keys"];
-    for (const auto & each : params_base.kv_overrides) {
-        overrides += std::string(each.key) + "=";
-        switch (each.tag) {
+    for (const auto & entry : params_base.kv_overrides) {
+        overrides += std::string(entry.key) + "=";
+        switch (entry.tag) {
         case LLAMA_KV_OVERRIDE_TYPE_INT:
-            overrides += std::to_string(each.val_i64);
+            overrides += std::to_string(entry.val_i64);
             break;
         case LLAMA_KV_OVERRIDE_TYPE_FLOAT:
-            overrides += string_format("%.17g", each.val_f64);
+            overrides += string_format("%.17g", entry.val_f64);
             break;
         case LLAMA_KV_OVERRIDE_TYPE_BOOL:
-            overrides += each.val_bool ? "true" : "false";
+            overrides += entry.val_bool ? "true" : "false";
             break;
         case LLAMA_KV_OVERRIDE_TYPE_STR:
-            overrides += each.val_str;
+            overrides += entry.val_str;
             break;
         }
         overrides += " ";

@@ -138,15 +138,15 @@ void write_sections(std::ofstream &              file,
     }
 
     for (const auto & checkpoint : prompt.checkpoints) {
-        const checkpoint_head own{
+        const checkpoint_head fields{
             checkpoint->n_tokens,        checkpoint->pos_min,        checkpoint->pos_max, checkpoint->at_message, 0,
             checkpoint->data_tgt.size(), checkpoint->data_dft.size()
         };
-        const section_head head{ TAG_CHECKPOINT, 0, sizeof(own) + own.size_tgt + own.size_dft };
+        const section_head head{ TAG_CHECKPOINT, 0, sizeof(fields) + fields.size_tgt + fields.size_dft };
         write(&head, sizeof(head));
-        write(&own, sizeof(own));
-        write(checkpoint->data_tgt.data(), own.size_tgt);
-        write(checkpoint->data_dft.data(), own.size_dft);
+        write(&fields, sizeof(fields));
+        write(checkpoint->data_tgt.data(), fields.size_tgt);
+        write(checkpoint->data_dft.data(), fields.size_dft);
         if (!checkpoint->data_spec.empty()) {
             write_section(TAG_HIDDEN, checkpoint->data_spec.data(), checkpoint->data_spec.size());
         }
@@ -154,8 +154,8 @@ void write_sections(std::ofstream &              file,
 }
 
 sections read_sections(std::ifstream & file, uint64_t begin, uint64_t end) {
-    sections found;
-    found.present = true;
+    sections saved;
+    saved.present = true;
     file.seekg(begin);
     reader in(file, end);
     while (in.left() > 0) {
@@ -167,29 +167,29 @@ sections read_sections(std::ifstream & file, uint64_t begin, uint64_t end) {
             const bytes        text = in.read_bytes(head.size);
             std::istringstream lines(std::string(text.begin(), text.end()));
             for (std::string name, value; std::getline(lines, name) && std::getline(lines, value);) {
-                found.identity[name] = value;
+                saved.identity[name] = value;
             }
         } else if (head.tag == TAG_DRAFT) {
-            found.draft = in.read_bytes(head.size);
+            saved.draft = in.read_bytes(head.size);
         } else if (head.tag == TAG_HIDDEN) {
-            (found.checkpoints.empty() ? found.hidden : found.checkpoints.back().data_spec) = in.read_bytes(head.size);
+            (saved.checkpoints.empty() ? saved.hidden : saved.checkpoints.back().data_spec) = in.read_bytes(head.size);
         } else if (head.tag == TAG_CHECKPOINT) {
-            const auto own = in.read<checkpoint_head>();
-            if (head.size < sizeof(own) || own.size_tgt > head.size - sizeof(own) ||
-                own.size_dft != head.size - sizeof(own) - own.size_tgt) {
+            const auto fields = in.read<checkpoint_head>();
+            if (head.size < sizeof(fields) || fields.size_tgt > head.size - sizeof(fields) ||
+                fields.size_dft != head.size - sizeof(fields) - fields.size_tgt) {
                 throw std::runtime_error("the file is damaged: a checkpoint has another size than its section");
             }
             server_checkpoint checkpoint;
-            checkpoint.update_pos(own.n_tokens, own.pos_min, own.pos_max);
-            checkpoint.at_message = own.at_message != 0;
-            checkpoint.data_tgt   = in.read_bytes(own.size_tgt);
-            checkpoint.data_dft   = in.read_bytes(own.size_dft);
-            found.checkpoints.push_back(std::move(checkpoint));
+            checkpoint.update_pos(fields.n_tokens, fields.pos_min, fields.pos_max);
+            checkpoint.at_message = fields.at_message != 0;
+            checkpoint.data_tgt   = in.read_bytes(fields.size_tgt);
+            checkpoint.data_dft   = in.read_bytes(fields.size_dft);
+            saved.checkpoints.push_back(std::move(checkpoint));
         } else {
             throw std::runtime_error("the file has a section of an unknown kind: it is from a later version");
         }
     }
-    return found;
+    return saved;
 }
 
 // the last bytes of a file that this code wrote; magic = 0: upstream's
@@ -208,29 +208,29 @@ file_end read_end(std::ifstream & file, uint64_t size) {
     if (!hash.add(file, size - sizeof(end) + sizeof(end.size))) {
         throw std::runtime_error("the file cannot be read");
     }
-    const XXH128_hash_t found    = hash.digest();
+    const XXH128_hash_t actual   = hash.digest();
     const XXH128_hash_t expected = { end.hash_low, end.hash_high };
-    if (server_hex(found) != server_hex(expected)) {
-        throw std::runtime_error("the file is damaged: its checksum is " + server_hex(found) + ", expected " +
+    if (server_hex(actual) != server_hex(expected)) {
+        throw std::runtime_error("the file is damaged: its checksum is " + server_hex(actual) + ", expected " +
                                  server_hex(expected));
     }
     return end;
 }
 
-void check_identity(const server_slot_identity & found, const server_slot_identity & expected) {
+void check_identity(const server_slot_identity & saved, const server_slot_identity & expected) {
     for (const auto & [name, value] : expected) {
-        const auto it = found.find(name);
-        if (name != DRAFT_MODEL && (it == found.end() || it->second != value)) {
+        const auto it = saved.find(name);
+        if (name != DRAFT_MODEL && (it == saved.end() || it->second != value)) {
             throw std::runtime_error("the file was saved with another " + name + ": expected " + value + ", found " +
-                                     (it == found.end() ? NONE : it->second));
+                                     (it == saved.end() ? NONE : it->second));
         }
     }
 }
 
 // Returns the LoRA adapters with which a prompt was evaluated.
-std::string read_adapters(const server_slot_identity & found, const std::vector<std::string> & loaded) {
-    const auto it = found.find(ADAPTERS);
-    if (it == found.end() || it->second == NONE) {
+std::string read_adapters(const server_slot_identity & saved, const std::vector<std::string> & loaded) {
+    const auto it = saved.find(ADAPTERS);
+    if (it == saved.end() || it->second == NONE) {
         return "";
     }
     std::istringstream words(it->second);
@@ -279,9 +279,9 @@ server_tokens read_tokens(
 
 // the positions that a sequence must have after n tokens of a prompt
 void expect_position(llama_context * ctx, llama_seq_id id, llama_pos expected, const char * what) {
-    const llama_pos found = llama_memory_seq_pos_max(llama_get_memory(ctx), id);
-    if (found != expected) {
-        throw std::runtime_error(string_format("%s ends at position %d, expected %d", what, found, expected));
+    const llama_pos last = llama_memory_seq_pos_max(llama_get_memory(ctx), id);
+    if (last != expected) {
+        throw std::runtime_error(string_format("%s ends at position %d, expected %d", what, last, expected));
     }
 }
 
@@ -290,7 +290,7 @@ server_checkpoints restore(const std::string &   path,
                            uint64_t              size_tgt,
                            uint32_t              n_packed,
                            const server_tokens & tokens,
-                           sections &            found,
+                           sections &            saved,
                            llama_context *       ctx_tgt,
                            llama_context *       ctx_dft,
                            llama_seq_id          id) {
@@ -311,8 +311,8 @@ server_checkpoints restore(const std::string &   path,
 
     if (ctx_dft) {
         llama_memory_seq_rm(llama_get_memory(ctx_dft), id, -1, -1);
-        if (!found.draft.empty()) {
-            if (!set_state(ctx_dft, id, found.draft, LLAMA_STATE_SEQ_FLAGS_NONE)) {
+        if (!saved.draft.empty()) {
+            if (!set_state(ctx_dft, id, saved.draft, LLAMA_STATE_SEQ_FLAGS_NONE)) {
                 throw std::runtime_error("the draft model's state does not fit this draft model or its cache");
             }
             if (llama_memory_seq_pos_max(llama_get_memory(ctx_dft), id) > pos_last) {
@@ -324,32 +324,32 @@ server_checkpoints restore(const std::string &   path,
     const bool         needs_tgt = has_state_beside_attention(ctx_tgt);
     const bool         needs_dft = ctx_dft != nullptr;
     server_checkpoints checkpoints;
-    if (found.checkpoints.empty() || !(needs_tgt || needs_dft)) {
+    if (saved.checkpoints.empty() || !(needs_tgt || needs_dft)) {
         return checkpoints;
     }
     const auto  flags   = LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
     const bytes end_tgt = state_of(ctx_tgt, id, flags);
     const bytes end_dft = ctx_dft ? state_of(ctx_dft, id, flags) : bytes();
     int64_t     n_last  = 0;
-    for (auto & each : found.checkpoints) {
-        if (each.n_tokens <= n_last || (size_t) each.n_tokens >= tokens.size() || each.pos_min < 0 ||
-            each.pos_min > each.pos_max || each.pos_max != tokens.pos_next(each.n_tokens) - 1) {
+    for (auto & checkpoint : saved.checkpoints) {
+        if (checkpoint.n_tokens <= n_last || (size_t) checkpoint.n_tokens >= tokens.size() || checkpoint.pos_min < 0 ||
+            checkpoint.pos_min > checkpoint.pos_max || checkpoint.pos_max != tokens.pos_next(checkpoint.n_tokens) - 1) {
             throw std::runtime_error("the file is damaged: a checkpoint is not inside the prompt");
         }
-        n_last             = each.n_tokens;
-        const bool has_tgt = !each.data_tgt.empty();  // attention needs no state to remove tokens
+        n_last             = checkpoint.n_tokens;
+        const bool has_tgt = !checkpoint.data_tgt.empty();  // attention needs no state to remove tokens
         if (!needs_dft) {
-            each.data_dft.clear();
+            checkpoint.data_dft.clear();
         }
-        if (has_tgt != needs_tgt || each.data_dft.empty() == needs_dft ||
-            (has_tgt && !set_state(ctx_tgt, id, each.data_tgt, flags)) ||
-            (needs_dft && !set_state(ctx_dft, id, each.data_dft, flags))) {
+        if (has_tgt != needs_tgt || checkpoint.data_dft.empty() == needs_dft ||
+            (has_tgt && !set_state(ctx_tgt, id, checkpoint.data_tgt, flags)) ||
+            (needs_dft && !set_state(ctx_dft, id, checkpoint.data_dft, flags))) {
             throw std::runtime_error("a checkpoint does not fit this model or its cache");
         }
         if (has_tgt) {
-            expect_position(ctx_tgt, id, each.pos_max, "a checkpoint");
+            expect_position(ctx_tgt, id, checkpoint.pos_max, "a checkpoint");
         }
-        checkpoints.push_back(std::make_shared<server_checkpoint>(std::move(each)));
+        checkpoints.push_back(std::make_shared<server_checkpoint>(std::move(checkpoint)));
     }
     if (!set_state(ctx_tgt, id, end_tgt, flags) || (ctx_dft && !set_state(ctx_dft, id, end_dft, flags))) {
         throw std::runtime_error("the state cannot be restored");
@@ -475,22 +475,22 @@ server_prompt server_slot_restore(const std::string & path, const server_slot_ta
     if (!file) {
         throw std::runtime_error("the file does not exist or cannot be read");
     }
-    n_bytes            = file.tellg();
-    const auto end     = read_end(file, n_bytes);
-    const bool own     = end.magic == MAGIC_END;
-    const auto n_state = own ? end.size : n_bytes;
+    n_bytes                 = file.tellg();
+    const auto end          = read_end(file, n_bytes);
+    const bool has_sections = end.magic == MAGIC_END;
+    const auto n_state      = has_sections ? end.size : n_bytes;
 
-    sections      found;
+    sections      saved;
     server_prompt prompt;
     prompt.adapters = target.adapters;
-    if (own) {
-        found = read_sections(file, end.size, n_bytes - sizeof(end));
-        check_identity(found.identity, target.identity);
-        prompt.adapters = read_adapters(found.identity, target.adapter_ids);
-        if (ctx_dft && found.identity[DRAFT_MODEL] != target.identity.at(DRAFT_MODEL)) {
-            found.draft.clear();
-            found.hidden.clear();
-            found.checkpoints.clear();  // a checkpoint needs the states of both models
+    if (has_sections) {
+        saved = read_sections(file, end.size, n_bytes - sizeof(end));
+        check_identity(saved.identity, target.identity);
+        prompt.adapters = read_adapters(saved.identity, target.adapter_ids);
+        if (ctx_dft && saved.identity[DRAFT_MODEL] != target.identity.at(DRAFT_MODEL)) {
+            saved.draft.clear();
+            saved.hidden.clear();
+            saved.checkpoints.clear();  // a checkpoint needs the states of both models
         }
     }
 
@@ -508,7 +508,7 @@ server_prompt server_slot_restore(const std::string & path, const server_slot_ta
         }
     }
     try {
-        prompt.checkpoints = restore(path, n_state, n_packed, prompt.tokens, found, ctx_tgt, ctx_dft, id);
+        prompt.checkpoints = restore(path, n_state, n_packed, prompt.tokens, saved, ctx_tgt, ctx_dft, id);
     } catch (...) {
         for (const auto & [ctx, data] : before) {
             llama_memory_seq_rm(llama_get_memory(ctx), id, -1, -1);
@@ -521,6 +521,6 @@ server_prompt server_slot_restore(const std::string & path, const server_slot_ta
         }
         throw;
     }
-    common_speculative_set_state(target.spec, id, found.hidden);
+    common_speculative_set_state(target.spec, id, saved.hidden);
     return prompt;
 }

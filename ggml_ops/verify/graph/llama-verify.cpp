@@ -37,13 +37,13 @@ static bool fuses_nodes(ggml_backend_dev_t dev) {
 // The devices that may compute nodes of the model.
 static std::vector<ggml_backend_dev_t> devices_of(const llama_model & model, bool op_offload) {
     std::vector<ggml_backend_dev_t> devices;
-    for (const llama_device & each : model.devices) {
-        if (each.is_meta) {  // it stands for several of them
+    for (const llama_device & device : model.devices) {
+        if (device.is_meta) {  // it stands for several of them
             for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
                 devices.push_back(ggml_backend_dev_get(i));
             }
-        } else if (op_offload || holds_tensors(model, each.dev)) {
-            devices.push_back(each.dev);
+        } else if (op_offload || holds_tensors(model, device.dev)) {
+            devices.push_back(device.dev);
         }
     }
     return devices;

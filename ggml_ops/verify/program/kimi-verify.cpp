@@ -62,11 +62,11 @@ struct Computed {
 };
 
 // Computes a case with more marks on all nodes (nothing else is in that parameter of these).
-static Computed compute(const Case & each, ggml_backend_t backend, int marks) {
+static Computed compute(const Case & test_case, ggml_backend_t backend, int marks) {
     const std::unique_ptr<ggml_context, decltype(&ggml_free)> ctx(
         ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }), ggml_free);
     Inputs        inputs(ctx.get());
-    const Built   built = each.build(inputs);
+    const Built   built = test_case.build(inputs);
     ggml_cgraph * graph = ggml_new_graph(ctx.get());
     for (ggml_tensor * node : built.nodes) {
         ggml_build_forward_expand(graph, node);
@@ -79,7 +79,7 @@ static Computed compute(const Case & each, ggml_backend_t backend, int marks) {
     if (!buffer) {
         throw std::runtime_error("there is not enough memory on the device");
     }
-    if (each.weights) {
+    if (test_case.weights) {
         ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
     }
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
@@ -90,7 +90,7 @@ static Computed compute(const Case & each, ggml_backend_t backend, int marks) {
     ggml_backend_buffer_clear(buffer.get(), FILLING);
     inputs.write();
     if (ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
-        throw std::runtime_error(std::string(ggml_backend_name(backend)) + " did not compute: " + each.name);
+        throw std::runtime_error(std::string(ggml_backend_name(backend)) + " did not compute: " + test_case.name);
     }
     Computed computed;
     computed.supported = true;
@@ -185,25 +185,26 @@ static ggml_verify_result check(ggml_verify_part part, ggml_backend_t device, gg
         return worst;
     }
     bool used = part != GGML_VERIFY_STATE_COPY;
-    for (const Case & each : cases_of(part)) {
-        printf("case\t%s\t%s\n", ggml_verify_part_name(part), each.name.c_str());
+    for (const Case & test_case : cases_of(part)) {
+        printf("case\t%s\t%s\n", ggml_verify_part_name(part), test_case.name.c_str());
         fflush(stdout);
-        const Computed got = compute(each, device, is_operator ? GGML_OP_MARK_KEEP_COPY : 0);
+        const Computed got = compute(test_case, device, is_operator ? GGML_OP_MARK_KEEP_COPY : 0);
         if (!got.supported) {
             continue;
         }
         // the device did not use the part if the bits are the same without it
-        if (without && same_bits(got.results, compute(each, device, without).results)) {
+        if (without && same_bits(got.results, compute(test_case, device, without).results)) {
             continue;
         }
-        const Computed expected = compute(each, cpu, GGML_OP_MARK_KEEP_COPY | GGML_OP_MARK_UNFUSED);
+        const Computed expected = compute(test_case, cpu, GGML_OP_MARK_KEEP_COPY | GGML_OP_MARK_UNFUSED);
         if (!expected.supported) {
-            throw std::runtime_error("the CPU does not have: " + each.name);
+            throw std::runtime_error("the CPU does not have: " + test_case.name);
         }
         used              = used || got.copy_elided;
         const double nmse = error_of(got.results, expected.results);
-        if (worst.state == GGML_VERIFY_ABSENT || nmse / each.bound > worst.nmse / worst.bound) {
-            worst = { nmse <= each.bound ? GGML_VERIFY_PASSED : GGML_VERIFY_WRONG, nmse, each.bound, each.name };
+        if (worst.state == GGML_VERIFY_ABSENT || nmse / test_case.bound > worst.nmse / worst.bound) {
+            worst = { nmse <= test_case.bound ? GGML_VERIFY_PASSED : GGML_VERIFY_WRONG, nmse, test_case.bound,
+                      test_case.name };
         }
     }
     if (!used && worst.state == GGML_VERIFY_PASSED) {
