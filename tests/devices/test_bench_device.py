@@ -235,12 +235,6 @@ def test_a_page_names_the_device_and_leaves_out_what_is_not_known(tmp_path: Path
     assert "| tg at 0 | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 | unknown |  |" in text
 
 
-def test_a_page_is_of_one_device(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"records of different machines or devices"):
-        write_page([on_device(2.0), record("2026-01-01", 2.0)], tmp_path / "page.md")
-    assert not (tmp_path / "page.md").exists()
-
-
 def test_a_page_is_of_one_machine(tmp_path: Path) -> None:
     one, other = record("2026-01-01", 2.0), record("2026-01-02", 2.0)
     other["machine"] = other["machine"] | {"processor": "two"}

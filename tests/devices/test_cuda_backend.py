@@ -260,7 +260,7 @@ def test_a_captured_graph_is_launched_again(
     steps = [together(IDS, *[i] * sequences) for i in range(10)]
     setup = Setup(n_seq_max=sequences, n_rs_seq=snapshots, flash_attention=flash, cache_type="F16")
     graphs = graphs_of(engine, published, backend, setup, steps, tmp_path / "log")
-    assert [again for *_, again, _ in graphs] == ["anew"] * 2 + ["again"] * (len(steps) - 2)
+    assert [again for _, again, _ in graphs] == ["anew"] * 2 + ["again"] * (len(steps) - 2)
 
 
 UNFUSED = "conv,scan,mla,moe,batch,plain"  # KIMI_OPS: all but the fusion of nodes

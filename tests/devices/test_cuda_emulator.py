@@ -10,24 +10,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_program import NATIVE, compile_cuda, compile_with_ggml
+from cuda_program import NATIVE, compile_cuda
 from emulators.cuda import RewriteError
 from emulators.cuda.rewrite import rewrite
 from ggml_variant import require_tools
 from planted_faults import Expected, assert_found, run
 
-from kimi_gguf.engine.builds import Engine, upstream_source
-
 SOURCE = NATIVE / "emulator-faults.cu"
 ORDERS = {"forwards": "end", "backwards": "start", "17": "end"}
-
-
-@pytest.mark.engine
-def test_upstreams_kernels_as_they_are(engine: Engine, tmp_path: Path) -> None:
-    ggml = upstream_source() / "llama.cpp" / "ggml"
-    source = NATIVE / "emulator-upstream.cu"
-    ended = run(compile_with_ggml(engine, [source], tmp_path / "upstream", ggml=ggml, options=["-w"]))
-    assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from gguf import GGUFReader
 from llama_script import Played, PlayError, Setup, assert_same, decode, play, text
 from metal_program import dispatches, on_metal, planted
-from native_program import compile_program, passed_cases, run_program
+from native_program import compile_program, run_program
 from random_checkpoint import Spec, write_checkpoint
 from selection import some_of
 from synthetic_case import make_gguf
@@ -170,17 +170,3 @@ def test_a_token_without_numbers_changes_no_other(
     assert any(each.startswith("kernel_mul_mm_id_") for each in kernels)
     assert np.isfinite(expected).all()
     assert_same(got, expected)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_upstreams_cases(order: str, metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    variables = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1", "KIMI_METAL_ORDER": order}
-    variables["KIMI_METAL_LOG"] = str(log)
-    assert (
-        passed_cases(
-            engine, "MTL0", "TOPK_MOE", "-p", "with_norm=1,bias_probs=1,gating_func=1,scale_w=2", **variables
-        )
-        >= 13
-    )
-    assert any(each.kernel.startswith(ROUTER) for each in dispatches(log))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -23,13 +22,12 @@ from llama_script import (
     saved_conversation,
     saved_for_another,
 )
-from metal_program import compile_metal_backend, dispatches, on_metal, planted
+from metal_program import dispatches, on_metal, planted
 from native_program import compile_program, passed_cases, run_program
 from random_checkpoint import VOCAB_SIZE, Spec
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.tools.cuda_check import patched_ggml
 
 pytestmark = pytest.mark.engine
 
@@ -171,19 +169,6 @@ def test_a_planted_fault_is_found(fault: str, program: Path, metal_backend: Path
     assert ", 0 failed" in run_program(program, metal_backend, *case).stdout
     with planted(metal_backend, "fa_latent", right, wrong), pytest.raises(AssertionError, match=message):
         run_program(program, metal_backend, *case)
-
-
-def test_a_missing_barrier_between_the_kernels_is_found(
-    engine: Engine, program: Path, tmp_path: Path
-) -> None:
-    ggml = Path(shutil.copytree(patched_ggml("metal"), tmp_path / "ggml"))
-    source = ggml / "src" / "ggml-metal" / "ggml-metal-ops.cpp"
-    right = "ggml_metal_op_concurrency_reset(ctx);\n\n            ggml_metal_latent_reduce"
-    assert source.read_text().count(right) == 1
-    source.write_text(source.read_text().replace(right, "ggml_metal_latent_reduce"))
-    backend = compile_metal_backend(engine, ggml, tmp_path / "backend")
-    with pytest.raises(AssertionError, match="concurrently: no memory barrier between"):
-        run_program(program, backend, "f16", "1", "130", "32", "causal", "1")
 
 
 # The published model's head sizes of MLA. 5 rows per token: a block of rows contains several tokens.

@@ -430,13 +430,6 @@ def test_a_time_limit_that_is_not_a_number(world: World, tmp_path: Path) -> None
     assert played.log.count(CHECKS) == 1
 
 
-def test_another_build_of_the_device_is_checked_again(world: World, tmp_path: Path) -> None:
-    world.play(tmp_path)
-    other = Path(shutil.copy(world.backend, tmp_path / world.backend.name))
-    assert CHECKS in replace(world, backend=other).play(tmp_path).log
-    assert len(files(tmp_path)) == 2
-
-
 def test_other_settings_of_the_backend_are_checked_again(world: World, tmp_path: Path) -> None:
     """They decide which kernels run, or on which device."""
     variable = "CUDA_VISIBLE_DEVICES"

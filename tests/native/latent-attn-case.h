@@ -133,10 +133,6 @@ inline double limit_on_cuda(const LatentShape & s) {
     return in_halves(s) ? 5e-6 : limit_of(s.cache);
 }
 
-inline float to_half(double x) {
-    return ggml_fp16_to_fp32(ggml_fp32_to_fp16((float) x));
-}
-
 inline ggml_type type_of(const std::string & name) {
     for (int t = 0; t < GGML_TYPE_COUNT; ++t) {
         if (ggml_type_name((ggml_type) t) && name == ggml_type_name((ggml_type) t)) {
@@ -181,19 +177,10 @@ class LatentCase {
     }
 
     // Normalised mean square error over n_check of the rows, spread evenly, of their values from d0 on.
-    double nmse(int64_t n_check, int64_t d0 = 0) const {
-        return error_of(n_check, d0, [&](int64_t row) { return values_of(row); }).total.nmse();
-    }
+    double nmse(int64_t n_check, int64_t d0 = 0) const { return error_of(n_check, d0).total.nmse(); }
 
     // The largest NMSE of one of these rows.
-    double worst_nmse(int64_t n_check) const {
-        return error_of(n_check, 0, [&](int64_t row) { return values_of(row); }).worst;
-    }
-
-    // That of upstream's CUDA kernels, with the roundings that they have at least: see upstreams().
-    double upstreams_nmse(int64_t n_check) const {
-        return error_of(n_check, 0, [&](int64_t row) { return upstreams(row); }).total.nmse();
-    }
+    double worst_nmse(int64_t n_check) const { return error_of(n_check, 0).worst; }
 
     // Makes the weights of the first value of the first head NaN.
     void break_first_value() { memset(v_b->data, 0xff, v_b->nb[1]); }
@@ -227,13 +214,13 @@ class LatentCase {
         double  worst = 0.0;  // NMSE of a row
     };
 
-    template <typename F> RowErrors error_of(int64_t n_check, int64_t d0, const F & result_of) const {
+    RowErrors error_of(int64_t n_check, int64_t d0) const {
         RowErrors found;
         n_check = std::min(n_check, s.n_rows());
         for (int64_t i = 0; i < n_check; ++i) {
             const int64_t             row  = n_check == 1 ? 0 : i * (s.n_rows() - 1) / (n_check - 1);
             const std::vector<double> want = oracle(row);
-            const std::vector<double> got  = result_of(row);
+            const std::vector<double> got  = values_of(row);
             Squares                   of_row;
             for (int64_t d = d0; d < s.n_out(); ++d) {
                 of_row.error += (got[d] - want[d]) * (got[d] - want[d]);
@@ -493,60 +480,6 @@ class LatentCase {
                 result[d] = latent[d];
             }
             result[d] /= sum;
-        }
-        return result;
-    }
-
-    // A row of the absorbed form with the roundings of upstream's CUDA kernels (fattn-mma-f16.cuh, cuBLAS in half): q,
-    // absorbed q, scale, cache, weights, weighted sums after every 16 keys, the latent result and the output are halves.
-    // Everything else is exact here.
-    std::vector<double> upstreams(int64_t row) const {
-        const int64_t       stream = row / (s.n_queries * s.n_heads);
-        const int64_t       query  = row / s.n_heads % s.n_queries;
-        const int64_t       head   = row % s.n_heads;
-        const float *       keys   = cache_f.data() + stream * s.n_keys * s.n_cache();
-        const float *       x      = q_f.data() + row * s.n_key();
-        std::vector<double> f(s.n_cache());
-        for (int64_t j = 0; j < s.n_latent; ++j) {
-            for (int64_t d = 0; d < s.n_nope; ++d) {
-                f[j] += (double) to_half(x[d]) * to_half(k_b_f[(head * s.n_latent + j) * s.n_nope + d]);
-            }
-        }
-        std::copy(x + s.n_nope, x + s.n_key(), f.begin() + s.n_latent);
-        for (double & value : f) {
-            value = to_half((double) to_half(value) * to_half(scale()));
-        }
-        std::vector<double> score(s.n_keys, -std::numeric_limits<double>::infinity());
-        double              top = -std::numeric_limits<double>::infinity();
-        for (int64_t key = 0; key < s.n_keys; ++key) {
-            if (s.visible(stream, query, key)) {
-                score[key] = 0.0;
-                for (int64_t d = 0; d < s.n_cache(); ++d) {
-                    score[key] += f[d] * to_half(keys[key * s.n_cache() + d]);
-                }
-                top = std::max(top, score[key]);
-            }
-        }
-        constexpr double    offset = 3.0 * 0.6931;  // FATTN_KQ_MAX_OFFSET
-        std::vector<double> latent(s.n_latent), result(s.n_out());
-        double              sum = 0.0;
-        for (int64_t first = 0; first < s.n_keys; first += 16) {
-            std::vector<double> part = latent;
-            for (int64_t key = first; key < std::min(first + 16, s.n_keys); ++key) {
-                const double weight = s.visible(stream, query, key) ? std::exp(score[key] - top - offset) : 0.0;
-                sum += weight;
-                for (int64_t d = 0; weight > 0.0 && d < s.n_latent; ++d) {
-                    part[d] += (double) to_half(weight) * to_half(keys[key * s.n_cache() + d]);
-                }
-            }
-            std::transform(part.begin(), part.end(), latent.begin(), to_half);
-        }
-        for (int64_t d = 0; d < s.n_out() && sum > 0.0; ++d) {
-            for (int64_t j = 0; j < s.n_latent; ++j) {
-                result[d] +=
-                    (double) to_half(latent[j] / sum) * to_half(v_b_f[(head * s.n_value + d) * s.n_latent + j]);
-            }
-            result[d] = to_half(result[d]);
         }
         return result;
     }

@@ -20,9 +20,8 @@
 //   SECOND_REGISTERS set: the library registers itself when it is loaded, for LD_PRELOAD
 //   SECOND_LOG       a file for a line "DEVICE OPERATOR" when a device first computes an operator; with kernels
 //                    (second_kernels.h) also "DEVICE kernel OPERATOR", with "... and its copy" if the copy is elided
-//   SECOND_GRAPHS    a file for a line per computed graph: the device, the number of nodes that compute something, the
-//                    number of steps with kernels, "again" if a captured graph would be launched, or "anew", and how many kernels,
-//                    copies and fills the real backend launches for it
+//   SECOND_GRAPHS    a file for a line per computed graph: the device, "again" if a captured graph would be launched, or
+//                    "anew", and how many kernels, copies and fills the real backend launches for it
 
 #include "common/ggml-op-marks.h"
 #include "ggml-backend-impl.h"
@@ -221,8 +220,8 @@ bool computes(const ggml_tensor * node) {
     return !ggml_op_is_empty(node->op) && !ggml_is_empty(node) && (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0;
 }
 
-// Runs step by step: the kernels, or the CPU for steps they do not support. n_steps: number of steps.
-ggml_status compute_by_kernels(Device & device, ggml_backend_t cpu, ggml_cgraph * graph, int & n_steps) {
+// Runs step by step: the kernels, or the CPU for steps they do not support.
+ggml_status compute_by_kernels(Device & device, ggml_backend_t cpu, ggml_cgraph * graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph);) {
         if (!computes(ggml_graph_node(graph, i))) {
             ++i;
@@ -240,24 +239,17 @@ ggml_status compute_by_kernels(Device & device, ggml_backend_t cpu, ggml_cgraph 
                 return status;
             }
         }
-        ++n_steps;
         i += step.n_nodes;
     }
     second_kernels->finish();
     return GGML_STATUS_SUCCESS;
 }
 
-void log_graph(const Device & device, ggml_cgraph * graph, int n_steps) {
+void log_graph(const Device & device, ggml_cgraph * graph) {
     if (getenv("SECOND_GRAPHS")) {
-        int n_nodes = 0;
-        for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-            n_nodes += computes(ggml_graph_node(graph, i));
-        }
         const bool again      = second_kernels && second_kernels->replays(graph);
         const int  n_launches = second_kernels ? second_kernels->launches(graph) : 0;
-        log_line("SECOND_GRAPHS", device,
-                 std::to_string(n_nodes) + " " + std::to_string(n_steps) + (again ? " again " : " anew ") +
-                     std::to_string(n_launches));
+        log_line("SECOND_GRAPHS", device, (again ? "again " : "anew ") + std::to_string(n_launches));
     }
 }
 
@@ -325,14 +317,13 @@ void spoil(ggml_tensor * result) {
     }
 }
 
-// n_steps: number of steps with kernels
-ggml_status compute_with_faults(Device & device, ggml_backend_t cpu, ggml_cgraph * graph, int & n_steps) {
+ggml_status compute_with_faults(Device & device, ggml_backend_t cpu, ggml_cgraph * graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph);) {
         const Fault       fault = find_fault(graph, i);
         ggml_cgraph       part  = ggml_graph_view(graph, i, i + fault.n_nodes);
         ggml_cgraph *     nodes = fault.n_nodes == ggml_graph_n_nodes(graph) ? graph : &part;
         const ggml_status status =
-            second_kernels ? compute_by_kernels(device, cpu, nodes, n_steps) : ggml_backend_graph_compute(cpu, nodes);
+            second_kernels ? compute_by_kernels(device, cpu, nodes) : ggml_backend_graph_compute(cpu, nodes);
         if (status != GGML_STATUS_SUCCESS) {
             return status;
         }
@@ -366,10 +357,9 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
         raise(SIGSEGV);
     }
     Open              open(device);
-    ggml_backend_t    cpu     = (ggml_backend_t) backend->context;
-    int               n_steps = 0;
-    const ggml_status status  = compute_with_faults(device, cpu, graph, n_steps);
-    log_graph(device, graph, n_steps);
+    ggml_backend_t    cpu    = (ggml_backend_t) backend->context;
+    const ggml_status status = compute_with_faults(device, cpu, graph);
+    log_graph(device, graph);
     return status;
 }
 

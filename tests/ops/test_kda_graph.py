@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from graph_operators import LISTED, first_chunked, operators_in
-from llama_script import Setup, Step, batches, play, threads
 from random_checkpoint import Spec
 from synthetic_case import Case, make_case
 
@@ -79,26 +77,6 @@ def test_the_same_bits_for_any_number_of_threads(
         many = decode("require", engine, case, monkeypatch, {**WAYS[way], "threads": count})
         for a, b in zip(one.logits, many.logits, strict=True):
             np.testing.assert_array_equal(a, b, f"{count} threads")
-
-
-SIZES = (1, 1, 2, 3, 5, 8)  # of batches; they take long if there are many more threads than processors
-THREADS = (1, 2, 7, 33)
-
-
-def test_steps_have_the_same_bits_for_any_number_of_threads(case: Case, engine: Engine) -> None:
-    """Single tokens and small batches. Long ones are computed in chunks, which gives other bits."""
-    steps: list[Step] = []
-    for count in THREADS:
-        steps += [["clear"], threads(count), *batches(case.ids, SIZES)]
-    played = play(engine, case.gguf, Setup(), steps, **LISTED, KIMI_OPS="require")
-    chunked = play(engine, case.gguf, Setup(), batches(case.ids, [TOKENS]), KIMI_OPS="require").logits
-
-    one, *others = np.split(played.logits, len(THREADS))
-    for count, many in zip(THREADS[1:], others, strict=True):
-        np.testing.assert_array_equal(one, many, f"{count} threads")
-    assert max(SIZES) < first_chunked() <= TOKENS
-    assert "KDA_SCAN" in operators_in(played.log)
-    assert not (one == chunked[: sum(SIZES)]).all()
 
 
 @pytest.fixture(scope="module")

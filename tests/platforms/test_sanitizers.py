@@ -20,7 +20,7 @@ from selection import some_of
 
 THREADED = ("test-kda", "latent-attn-test", "quant-gemm-test", "quant-gemm-gated-test")
 PROGRAMS = (*THREADED, "test_fattn_f32", "split-test")
-CASES = dict.fromkeys(THREADED, "31")
+CASES = {**dict.fromkeys(THREADED, "31"), "test-kda": "61"}
 THREADED_CASES = {**dict.fromkeys(THREADED, "61"), "quant-gemm-test": "127"}
 # Results of so many threads are compared with those of one. Waiting threads spin, so more threads than cores slow each
 # other down; addresses depend on their number.

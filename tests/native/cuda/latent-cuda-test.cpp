@@ -5,7 +5,6 @@
 // bit-identical results for every lane order. The sources of a node are converted by the same code as in ggml-cuda.
 //
 //   latent-cuda-test absorbed|decompressed [TYPE of the cache ...]     no type: plans, and the nodes that are refused
-//   latent-cuda-test draws TYPE of the cache                           errors compared with upstream's kernels
 
 #include "check.h"
 #include "latent-attend.cuh"
@@ -22,7 +21,6 @@ struct Setup : LatentSetup {
     size_t scratch           = latent_cuda::SCRATCH;
     int    n_multiprocessors = 128;
     bool   half_sums         = false;  // as on GeForce
-    bool   by_length         = false;  // the accuracy depends on the number of keys, as in ggml-cuda
 };
 
 // A tensor's bytes on the device, after `before` other bytes, to change their alignment.
@@ -80,7 +78,7 @@ static std::vector<float> run(const ggml_tensor * dst, const Setup & setup) {
     args.k_b     = k_b.data();
     args.v_b     = v_b.data();
     args.scratch = setup.scratch;
-    args.exact   = setup.by_length ? args.exact : setup.shape.exact;
+    args.exact   = setup.shape.exact;
     return attend(dst, dst->src[4], setup.before, args);
 }
 
@@ -113,47 +111,6 @@ static double check(const Setup & setup) {
     worst[s.cache]       = std::max(worst[s.cache], error);
     expect(error <= limit_on_cuda(s), name + text(": NMSE against float64 %.1e", error));  // false for NaN too
     return error;
-}
-
-// With one half per value, as in ggml-cuda: each draw, and their mean, next to upstream's kernels. Errors within the bound of
-// `exact` are not compared: with one key both results are a value rounded to a half, and 1 % decides.
-static void check_draws(ggml_type type) {
-    constexpr double SINGLE = 5e-6, EXACT = 1e-7;
-
-    const std::pair<int, int> lengths[] = { { 1, 8 },   { 2, 8 },   { 5, 8 },   { 20, 8 },   { 50, 8 },  { 128, 6 },
-                                            { 255, 6 }, { 300, 6 }, { 600, 4 }, { 1500, 2 }, { 4096, 1 } };
-    for (const auto & [n_keys, n_seeds] : lengths) {
-        for (const float spread : { 1.0f, 2.0f, 4.0f, 8.0f }) {
-            if (!chosen()) {
-                continue;
-            }
-            LatentShape s;
-            s.expand    = true;
-            s.cache     = type;
-            s.n_heads   = 1;
-            s.spread    = spread;
-            s           = s.with(std::min(n_keys, 16), n_keys);
-            double ours = 0.0, theirs = 0.0, largest = 0.0;
-            int    worse = 0;
-            for (s.seed = 1; s.seed <= (uint32_t) n_seeds; ++s.seed) {
-                LatentCase               attention(s);
-                const std::vector<float> got = run(attention.node(), { { s }, latent_cuda::SCRATCH, 128, false, true });
-                memcpy(attention.node()->data, got.data(), got.size() * sizeof(float));
-                const double mine = attention.nmse(s.n_rows()), other = attention.upstreams_nmse(s.n_rows());
-                expect(mine <= SINGLE, name_of(s) + text(" seed %u: %.1e", s.seed, mine));
-                expect(spread > 4.0f || mine <= std::max(other, EXACT),
-                       name_of(s) + text(" seed %u: %.1e, upstream's %.1e", s.seed, mine, other));
-                ours += mine / n_seeds;
-                theirs += other / n_seeds;
-                largest = std::max(largest, mine);
-                worse += mine > std::max(other, EXACT);
-            }
-            printf(
-                "%s, %d keys, scores of deviation %g: mean NMSE %.1e, upstream's %.1e; largest %.1e, %d of %d worse\n",
-                ggml_type_name(type), n_keys, spread, ours, theirs, largest, worse, n_seeds);
-            expect(ours <= std::max(theirs, EXACT), name_of(s) + ": mean");
-        }
-    }
 }
 
 // Cases that only CUDA's kernels have: scores that share a large part, which shows every rounding of a key; weights and
@@ -403,6 +360,12 @@ static void test_decompressed_refusals() {
     decompressed args;
     expect(latent_cuda::read_decompressed(&good, args) == nullptr, "a good node");
 
+    for (const int64_t n_keys : { 255, 256 }) {
+        LatentCase of_length(small.with(1, n_keys));
+        expect(latent_cuda::read_decompressed(of_length.node(), args) == nullptr && args.exact == (n_keys < 256),
+               text("%d keys: exact or not", (int) n_keys));
+    }
+
     const char * sizes = "head sizes other than 128 + 64 and 128, or a latent other than 512";
     dst.src[3]         = &v_b;
     v_b.ne[1]          = 64;
@@ -422,10 +385,6 @@ static void test_decompressed_refusals() {
 
 int main(int argc, char ** argv) {
     const bool expand = argc > 1 && strcmp(argv[1], "decompressed") == 0;
-    if (argc > 1 && strcmp(argv[1], "draws") == 0) {
-        check_draws(type_of(argv[2]));
-        return report();
-    }
     if (argc == 2) {
         expand ? test_decompressed_refusals() : test_absorbed_refusals();
         expand ? (void) 0 : test_plans();
