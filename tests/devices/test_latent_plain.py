@@ -286,15 +286,6 @@ def test_groups_of_heads(engine: Engine, tmp_path: Path) -> None:
     assert_same(logits, world.on_cpu(steps, **setup))
 
 
-# Bytes that the dispatches write for each key of a head: the matmuls and the copies of their results, REPEAT, the row
-# as F32, the end of the row as F16.
-WRITTEN = {
-    "F32": [512, 512, 512, 768, 2304],
-    "F16": [512, 512, 256, 256, 384, 2304, 384],
-    "Q8_0": [512, 512, 256, 256, 384, 2304, 384],
-}
-
-
 @pytest.mark.parametrize(
     "cache_type",
     ["F32", pytest.param("F16", marks=pytest.mark.full), pytest.param("Q8_0", marks=pytest.mark.full)],
@@ -303,7 +294,7 @@ def test_metal(cache_type: str, metal_backend: Path, engine: Engine, tmp_path: P
     """The logits are as close to the CPU's as with upstream's graph on the same device."""
     spec = DeepseekSpec(layers=1, hidden=64, ffn=64, heads=1, q_lora=64)
     gguf = write_deepseek2(tmp_path / "model.gguf", spec)
-    steps, cells = batches(FIRST[cache_type]), 512 if cache_type == "F32" else 256
+    steps = batches(FIRST[cache_type])
     exact = play(engine, gguf, Setup(flash_attention=True), steps).logits
     setup = on_metal(metal_backend, flash_attention=True, cache_type=cache_type)
     error = {}
@@ -312,16 +303,6 @@ def test_metal(cache_type: str, metal_backend: Path, engine: Engine, tmp_path: P
         logits = play(engine, gguf, setup, steps, KIMI_OPS=choice, KIMI_METAL_LOG=log).logits
         error[choice] = error_of(logits, exact).in_all
     assert error["require"] <= 1.05 * LOSSES.get(cache_type, 1.0) * error["off"]
-    ran = dispatches(tmp_path / "require")
-    names = [each.kernel.split("_mask")[0] for each in ran]
-    end = names.index("kernel_flash_attn_ext_blk_nqptg=8_ncpsg=64")
-    first = next(i for i in range(end) if names[i].startswith("kernel_set_rows"))
-    operators, embeddings = ("MUL_MAT", "REPEAT", "CPY", "GET_ROWS"), FIRST[cache_type] * spec.hidden * 4
-    expansion = [
-        each
-        for each in ran[first:end]
-        if each.nodes.split()[0] in operators and each.bytes_written != embeddings
-    ]
-    assert sorted(each.bytes_written / cells for each in expansion) == sorted(WRITTEN[cache_type])
     key_type = "f32" if cache_type == "F32" else "f16"
-    assert f"kernel_flash_attn_ext_{key_type}_dk192_dv128" in names[end:]
+    kernel = f"kernel_flash_attn_ext_{key_type}_dk192_dv128"
+    assert any(each.kernel.startswith(kernel) for each in dispatches(tmp_path / "require"))

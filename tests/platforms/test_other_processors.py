@@ -187,15 +187,6 @@ def test_many_threads_with_avx2(program: str) -> None:
     passes(made, program, MANY_THREADS[program], THREADS[program], KIMI_CPU_BACKEND=library)
 
 
-@pytest.mark.full  # the same code as with AVX2
-@pytest.mark.parametrize("program", THREADS)
-def test_many_threads_on_arm(program: str) -> None:
-    made = build(ARM_VARIANTS, f"ggml-cpu-{NEWER_ARM[0]}")
-    library = str(made.bin / f"libggml-cpu-{NEWER_ARM[0]}.so")
-    cases, threads = MANY_THREADS[program], THREADS[program]
-    passes(made, program, cases, threads, QEMU_CPU=ARM[NEWER_ARM[0]], KIMI_CPU_BACKEND=library)
-
-
 @needs_x86
 @pytest.mark.parametrize("threads", ["2", "33"])
 def test_tile_registers_on_a_processor_with_avx512_but_without_amx(threads: str) -> None:
@@ -209,13 +200,6 @@ def test_tile_registers_on_a_processor_with_avx512_but_without_amx(threads: str)
     assert b"3amx9add_bytes" in library.read_bytes(), "not the code for AMX"
     cases = NATIVE[MATMUL] if threads == "2" else MANY_THREADS[MATMUL]
     passes(made, MATMUL, cases, threads, KIMI_CPU_BACKEND=str(library))
-
-
-@needs_x86
-def test_ggml_picks_the_best_variant_that_runs() -> None:
-    ended = build_variants(runnable()).run("test-kda", KIMI_CASES="400")
-    assert ended.returncode == 0, ended.stdout
-    assert loaded_variants(ended.stderr) == runnable()[-1:]
 
 
 # Loads the backends as llama_backend_init does, and prints the file that ggml keeps open.
