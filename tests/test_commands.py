@@ -144,7 +144,7 @@ def unread() -> Iterator[int]:
 @pytest.mark.parametrize(
     "words",
     [
-        "convert-kimi inspect tests/golden/kimi-linear-0.1.0.gguf",
+        "convert-kimi inspect demo",
         "kimi-llama doctor",
         "validate-kimi show tests/golden/report.json",
         "convert-kimi --help",
