@@ -353,6 +353,8 @@ def _convert(options: argparse.Namespace) -> int:
         size = f"{plan.nbytes:,} bytes{_in_splits(plan)}"
         tensors = f"{len(plan.tensors)} tensors ({type_counts(plan.tensors)})"
         print(f"{files[0]}: {size}, {tensors} in {seconds:.1f} s", file=sys.stderr)
+        for note in plan.results:
+            print(f"{PROGRAM}: note: {note}", file=sys.stderr)
         facts = {key.name: key.value for key in plan.keys}
         card = options.output.with_name(CARD)
         if options.model_card and (note := licence_note(facts, card, options.source)):

@@ -19,7 +19,7 @@ from kimi_gguf.convert.model.families import family_of, load_vocab
 from kimi_gguf.convert.model.generation import GENERATION
 from kimi_gguf.convert.model.vocab_files import TOKENIZER, read_text
 from kimi_gguf.convert.output.digest import digest
-from kimi_gguf.convert.output.stream import Pace, encoded, prepared
+from kimi_gguf.convert.output.stream import Pace, Rounding, encoded, prepared
 from kimi_gguf.convert.output.unfinished import Identity, taken
 from kimi_gguf.convert.output.writer import ProgressCallback, check_outputs, writing
 from kimi_gguf.convert.plan import Plan, make_plan
@@ -99,7 +99,7 @@ def convert(
         outputs = [*paths, *([output.with_name(CARD)] if options.card else [])]
         check_outputs(outputs, options.overwrite, inputs, taken(output, options.resume))
         card = new_card(plan, paths, checkpoint.config, options.card, reporting) if options.card else None
-        ggml = prepared(checkpoint, plan)
+        ggml, rounding = prepared(checkpoint, plan), Rounding()
         identity = Identity(_plan_digest(plan, ggml), checkpoint.identity())
         files = writing(
             plan,
@@ -111,7 +111,7 @@ def convert(
         )
         with progress(plan) as report, ExitStack() as locks, files as writer:
             writer.read_finished(report)
-            for tensor, chunk in encoded(checkpoint, plan, writer.remaining, pace, ggml):
+            for tensor, chunk in encoded(checkpoint, plan, writer.remaining, pace, ggml, rounding):
                 complete = writer.append(tensor, chunk)
                 report(tensor, chunk.nbytes)
                 if complete:
@@ -121,7 +121,7 @@ def convert(
             if card:
                 locks.enter_context(folder_lock(output.parent, wait=True))  # until the files are renamed
                 writer.add(CARD, card(writer.hashes).encode())
-    return plan
+    return replace(plan, results=(str(rounding),) if rounding.values else ())
 
 
 def read_template(path: Path, config: ModelConfig) -> str:

@@ -171,8 +171,11 @@ def _checkpoint(path: Path | str) -> _Model:
         found: dict[str, tuple[str, str, int]] = {}
         for output in outputs(config):
             for source, shape in output.inputs:
-                dtype = checkpoint.dtype(source)
-                found[source] = output.name, dtype.name, dtype.nbytes(math.prod(shape))
+                dtype, form = checkpoint.dtype(source), checkpoint.form(source)
+                kind, nbytes = (
+                    (form[0].kind, form[1]) if form else (dtype.name, dtype.nbytes(math.prod(shape)))
+                )
+                found[source] = output.name, kind, nbytes
         return _Model(
             kind="safetensors",
             name=model_name(checkpoint.folder),

@@ -46,6 +46,7 @@ class Plan:
     notes: tuple[str, ...] = ()  # information for the user that is not an error
     importances: Importances | None = None
     split_max_size: int | None = None  # maximum bytes of a file; a larger tensor gets its own file
+    results: tuple[str, ...] = ()  # notes that are known when the model is written
 
     def weights(self, tensor: PlannedTensor) -> Values | None:
         """The importances of a tensor's columns, 1-D, one set per expert or head; None if they are unknown."""
@@ -117,6 +118,7 @@ def make_plan(
         _notes(checkpoint, request, tensors),
         vocab.notes,
         generation.notes,
+        _form_notes(checkpoint),
         _packed_notes(checkpoint, tensors),
         _template_notes(config, vocab),
     )
@@ -220,6 +222,13 @@ def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTe
             f"{len(fallen)} tensors stay {F16.name}; their row size is not a multiple of {min(base.block, 32)}: "
             f"{', '.join(fallen[:3])}{', ...' if len(fallen) > 3 else ''}"
         )
+
+
+def _form_notes(checkpoint: Checkpoint) -> Iterator[str]:
+    """In which forms quantized weights are stored."""
+    found = [checkpoint.form(name) for name in checkpoint.shapes]
+    for form, count in Counter(str(each[0]) for each in found if each).items():
+        yield f"{count} tensors of the checkpoint are {form}; they are converted from their exact values"
 
 
 def _packed_notes(checkpoint: Checkpoint, tensors: list[PlannedTensor]) -> Iterator[str]:

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kimi_gguf.convert.model.stored_forms import Forms
 
 
 class LayerKind(Enum):
@@ -59,6 +63,7 @@ class ModelConfig:
     more_eos_token_ids: tuple[int, ...] = ()  # the rest when the config lists several
     tie_word_embeddings: bool = False
     num_mtp_layers: int = 0  # layers after `layers` that predict further tokens, with latent attention
+    forms: Forms | None = None  # of quantized weights that are decoded while they are read
     mxfp4_experts: bool = False  # quantization_config allows routed experts in MXFP4
 
     @property

@@ -42,6 +42,7 @@ from kimi_gguf.convert.model.config_keys import (
 )
 from kimi_gguf.convert.model.family import Family
 from kimi_gguf.convert.model.layouts import Rule
+from kimi_gguf.convert.model.stored_forms import read_forms
 from kimi_gguf.convert.model.tensor_table import Group, Row, Table, Transform, f32, is_kda, is_mla
 from kimi_gguf.convert.model.vocab import load_tiktoken_vocab
 
@@ -55,7 +56,6 @@ SUPPORTED: Final[Supported] = (
     (("num_nextn_predict_layers",), 0, "it has no layers that predict further tokens"),
     (("rope_scaling",), None, "it never rotates queries and keys"),
     (("rope_parameters.rope_type",), "default", "it never rotates queries and keys"),
-    (("quantization_config",), None, "only F32, F16 and BF16 weights are read, dequantise them first"),
 )
 
 
@@ -77,6 +77,7 @@ def read_config(keys: Keys) -> ModelConfig:
     groups = keys.integer("num_expert_group", "n_group", default=1)
     config = ModelConfig(
         **common_fields(keys, groups),
+        forms=read_forms(keys),
         architecture="kimi-linear",
         context_length=keys.integer("model_max_length", "max_position_embeddings"),
         layers=layer_kinds(keys, num_layers),

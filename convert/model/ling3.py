@@ -42,6 +42,7 @@ from kimi_gguf.convert.model.config_keys import (
 from kimi_gguf.convert.model.family import Family
 from kimi_gguf.convert.model.gguf_key import Key, u32
 from kimi_gguf.convert.model.ling3_tensors import EMBEDDING, LAYERS, RULES
+from kimi_gguf.convert.model.stored_forms import read_forms
 from kimi_gguf.convert.model.tensor_table import FLOAT32, Table
 
 ARCHITECTURE: Final = "bailingmoe3"
@@ -116,7 +117,6 @@ SUPPORTED: Final[Supported] = (
     (("value_norm",), False, "values are not normalised"),
     (("mrope_section",), None, "images are not supported"),
     (("vision_config",), None, "images are not supported"),
-    (("quantization_config", "quantization"), None, "only F32, F16 and BF16 weights are read, dequantise them first"),
 )  # fmt: skip
 _ROPE_KEYS: Final = frozenset({
     "type", "rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
@@ -143,6 +143,7 @@ def read_config(keys: Keys) -> Ling3Config:
     keys.require(shared * shared_width <= MAX_INT, "num_shared_experts", expected, shared)
     config = Ling3Config(
         **common_fields(keys, groups),
+        forms=read_forms(keys),
         architecture=ARCHITECTURE,
         context_length=keys.integer("max_position_embeddings", "model_max_length"),
         layers=layers,

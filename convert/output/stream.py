@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import Final
 
 import numpy as np
@@ -24,7 +25,7 @@ from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.encode import BadValueError, Stored, check, encode
 from kimi_gguf.convert.types.ggml import Ggml, load
 from kimi_gguf.engine.limits import available_memory
-from kimi_gguf.engine.tensor_types import F32, Bytes
+from kimi_gguf.engine.tensor_types import BF16, F16, F32, Bytes, TensorType
 from kimi_gguf.engine.toolchain import cores
 
 CHUNK_ELEMENTS: Final = 1 << 20
@@ -87,6 +88,34 @@ class Chunk:
             yield self.tensor.output.factor[0], self.first, self.count
 
 
+class Rounding:
+    """Counts the values of quantized checkpoints that F16 or BF16 does not hold exactly; for several threads."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.values, self.changed, self.most = 0, 0, 0.0  # most: the largest change, relative to the value
+
+    def add(self, exact: Stored, written: Bytes, kind: TensorType) -> None:
+        """Count the float32 values `exact`, of which `written` are the bytes."""
+        halves = written.view("<u2")
+        values = to_float32(halves, Dtype.BF16) if kind is BF16 else halves.view("<f2").astype(np.float32)
+        flat = exact.reshape(-1)
+        differs = values != flat
+        with np.errstate(divide="ignore"):
+            changes = np.abs(values[differs] / flat[differs] - 1)
+        with self._lock:
+            self.values += len(flat)
+            self.changed += int(differs.sum())
+            self.most = max(self.most, float(changes.max(initial=0)))
+
+    def __str__(self) -> str:
+        if not self.changed:
+            return f"the file has all {self.values:,} dequantized values exactly"
+        return (
+            f"{self.changed:,} of {self.values:,} dequantized values were rounded, by at most {self.most:.2%}"
+        )
+
+
 def prepared(checkpoint: Checkpoint, plan: Plan) -> Ggml | None:
     """ggml's quantization functions, prepared for every type of the plan; None if the plan needs none, as for weights
     that keep the type of the checkpoint."""
@@ -105,7 +134,12 @@ def prepared(checkpoint: Checkpoint, plan: Plan) -> Ggml | None:
 
 
 def encoded(
-    checkpoint: Checkpoint, plan: Plan, tensors: Sequence[PlannedTensor], pace: Pace, ggml: Ggml | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    tensors: Sequence[PlannedTensor],
+    pace: Pace,
+    ggml: Ggml | None = None,
+    rounding: Rounding | None = None,
 ) -> Iterator[tuple[PlannedTensor, Bytes]]:
     """The bytes of `tensors` in order, each chunk with its tensor. Raises `ConvertError`."""
 
@@ -117,7 +151,15 @@ def encoded(
             weights = weights[chunk.slice * columns : (chunk.slice + 1) * columns]
         try:
             rows, dtype = chunk.read(checkpoint, chunk)
-            return encode(rows, dtype, tensor.type, weights, ggml)
+            written = encode(rows, dtype, tensor.type, weights, ggml)
+            if (
+                rounding
+                and tensor.type in (BF16, F16)
+                and dtype is Dtype.F32
+                and checkpoint.form(chunk.source)
+            ):
+                rounding.add(rows, written, tensor.type)
+            return written
         except BadValueError as bad:
             raise _complaint(checkpoint, chunk, bad) from None
 

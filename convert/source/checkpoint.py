@@ -25,10 +25,12 @@ from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, hub_shapes, places_of, read_config
 from kimi_gguf.convert.model.generation import GENERATION
 from kimi_gguf.convert.model.layouts import Place
+from kimi_gguf.convert.model.stored_forms import Form
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.source import mxfp4
 from kimi_gguf.convert.source.byte_source import LocalFile, Source
+from kimi_gguf.convert.source.decoded import DecodedFile, decoded
 from kimi_gguf.convert.source.hub import PREFIX, HubId, cached_folder, is_offline, open_repository
 from kimi_gguf.convert.source.json_file import MAX_INDEX_BYTES, read_object
 from kimi_gguf.convert.source.origin import CARD
@@ -40,6 +42,9 @@ from kimi_gguf.engine.path_check import shortened
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
+MODELOPT: Final = (
+    "hf_quant_config.json"  # what ModelOpt writes next to it, in older versions instead of a key there
+)
 _FEW_TENSORS: Final = 21_000  # whose memory is not counted
 _TENSOR_BYTES: Final = 1200  # memory of each further one, measured with half a million
 WINDOW_BYTES: Final = 7 << 20  # of a tensor in MXFP4 that are prefetched together; less than a request
@@ -50,6 +55,7 @@ _NO_PICKLES: Final = (
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+StoredFile = SafetensorsFile | DecodedFile
 Addition = Callable[[npt.NDArray[np.float32], int], None]  # adds to elements, 1-D, from this one on
 
 
@@ -69,7 +75,7 @@ class Checkpoint:
         self,
         root: _Root,
         config: ModelConfig,
-        files: Mapping[PurePath, SafetensorsFile],
+        files: Mapping[PurePath, StoredFile],
         where: Mapping[str, PurePath],
     ) -> None:
         self.folder = root.folder  # of the config and the tokenizer
@@ -95,7 +101,7 @@ class Checkpoint:
         for name, addition in additions.items():
             self._additions.setdefault(name, []).append(addition)
 
-    def _stored(self, name: str) -> tuple[SafetensorsFile, Place]:
+    def _stored(self, name: str) -> tuple[StoredFile, Place]:
         place = self._place[name]
         return self._files[self._file_of[place.stored]], place
 
@@ -111,7 +117,16 @@ class Checkpoint:
     @property
     def packed(self) -> bool:
         """Whether any tensor is stored in MXFP4."""
-        return any(place.scales is not None for place in self._place.values())
+        return any(self.stored_dtype(name) is Dtype.MXFP4 for name in self._place)
+
+    def form(self, name: str) -> tuple[Form, int] | None:
+        """The form of a quantized tensor that is decoded while it is read, and the bytes that it takes as stored."""
+        file, place = self._stored(name)
+        found = file.form(place.stored) if isinstance(file, DecodedFile) else None
+        if found is None:
+            return None
+        form, nbytes = found
+        return form, nbytes * math.prod(self.shapes[name]) // math.prod(place.stored_shape)
 
     def locate(self, name: str, element: int) -> tuple[PurePath, str, tuple[int, ...]]:
         """The file, the stored name and the index there of the tensor's `element` in row-major order (in MXFP4 the
@@ -122,11 +137,14 @@ class Checkpoint:
 
     def locate_scale(self, name: str, element: int) -> tuple[PurePath, str, tuple[int, ...]]:
         """The same for the scale of an element in MXFP4."""
-        scales = self._place[name].scales
-        if scales is None:
+        (file, place), (*row, column) = self._stored(name), self.locate(name, element)[2]
+        if place.scales is not None:
+            path, stored = self._files[self._file_of[place.scales]].path, place.scales
+        elif isinstance(file, DecodedFile):
+            path, stored = file.scales(place.stored)
+        else:
             raise ValueError(f"{name}: is not in MXFP4")
-        *row, column = self.locate(name, element)[2]
-        return self._files[self._file_of[scales]].path, scales, (*row, column // mxfp4.GROUP)
+        return path, stored, (*row, column // mxfp4.GROUP)
 
     def elements(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """Elements `first .. first+count` in row-major order, 1-D, as `dtype` says: BF16 as uint16, MXFP4 as blocks of
@@ -147,7 +165,7 @@ class Checkpoint:
         )
         return packed, scales
 
-    def _parts(self, name: str, first: int, count: int) -> Iterator[tuple[SafetensorsFile, str, int, int]]:
+    def _parts(self, name: str, first: int, count: int) -> Iterator[tuple[StoredFile, str, int, int]]:
         """The stored ranges that hold a range of a canonical tensor: file, tensor, first element, number."""
         file, place = self._stored(name)
         if place.scales is None:
@@ -182,7 +200,9 @@ class Checkpoint:
         held, before = 0, ""
         for name, first, count in ranges:
             found = self._parts(name, first, count)
-            parts = tuple(file.span(stored, at, number) for file, stored, at, number in found)
+            parts = tuple(
+                span for file, stored, at, number in found for span in file.spans(stored, at, number)
+            )
             size = sum(end - begin for _, begin, end in parts)
             if window and (name != before or held + size > WINDOW_BYTES):
                 yield from (span for each in zip(*window, strict=True) for span in each)
@@ -266,7 +286,14 @@ def open_checkpoint(source: Path | str, mtp: bool = True) -> Iterator[Checkpoint
     """
     root = _find(source)
     config_file = root.folder / CONFIG
-    config = read_config(read_object(config_file), str(config_file))
+    data = read_object(config_file)
+    if "quantization_config" not in data and (root.folder / MODELOPT).is_file():
+        found = read_object(root.folder / MODELOPT).get("quantization")
+        data["quantization_config"] = {
+            "quant_method": "modelopt",
+            **(found if isinstance(found, dict) else {}),
+        }
+    config = read_config(data, str(config_file))
     with ExitStack() as stack:
         names = [root.single] if root.single else sorted(set(root.weight_map.values()))
         files = {root.path / name: stack.enter_context(root.open(name)) for name in names}
@@ -281,10 +308,27 @@ def open_checkpoint(source: Path | str, mtp: bool = True) -> Iterator[Checkpoint
                 where[name] = file_path
         if not root.single:
             _check_index(root.path, root.weight_map, where)
+        stored: Mapping[PurePath, StoredFile] = files
+        if config.forms is not None:
+            stored, where = decoded(config.forms, files, where)
+        elif not config.mxfp4_experts:
+            _check_floats(files, where)
         config = family_of(config).stored(config, where.keys(), mtp)
-        checkpoint = Checkpoint(root, config, files, where)
+        checkpoint = Checkpoint(root, config, stored, where)
         stack.callback(checkpoint.stop)
         yield checkpoint
+
+
+def _check_floats(files: Mapping[PurePath, SafetensorsFile], where: Mapping[str, PurePath]) -> None:
+    """Raise `ConvertError` for quantized weights that the config does not describe."""
+    for name, path in where.items():
+        if (dtype := files[path].tensors[name].dtype).startswith("F8_"):
+            raise ConvertError(
+                f"{path}: {name!r}",
+                expected=f"dtype {', '.join(FLOATS)}",
+                found=dtype,
+                todo=f"{CONFIG} has no quantization_config that describes it: use that of the original checkpoint",
+            )
 
 
 def _find(source: Path | str) -> _Root:
@@ -332,7 +376,7 @@ def _on_disk(path: Path) -> _Root:
 
 
 def _on_hub(id: HubId) -> _Root:
-    hub = open_repository(id, (CONFIG, INDEX, CARD, GENERATION, *TOKENIZER))
+    hub = open_repository(id, (CONFIG, MODELOPT, INDEX, CARD, GENERATION, *TOKENIZER))
     single, index = _weights(hub.path, hub.names)
     weight_map = _weight_map(hub.folder / index) if index else {}
     return _Root(
@@ -401,7 +445,7 @@ def _resolve(
     path: PurePath,
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
-    files: Mapping[PurePath, SafetensorsFile],
+    files: Mapping[PurePath, StoredFile],
     where: Mapping[str, PurePath],
 ) -> dict[str, Place]:
     """The only place of each canonical tensor. Raises `ConvertError` for a stored tensor that is not used."""
@@ -457,8 +501,12 @@ def _resolve(
                 todo="file and config do not belong together",
             )
         dtypes = FLOATS if place.scales is None else PACKED if stored == place.stored else SCALES
-        if tensor.dtype not in dtypes:
-            todo = "save the checkpoint in one of those" if dtypes is FLOATS else "only MXFP4 is read"
+        if tensor.dtype not in dtypes and tensor.dtype != Dtype.MXFP4.name:
+            todo = (
+                f"{CONFIG} has no quantization_config that says how to read it"
+                if dtypes is FLOATS
+                else "only MXFP4 is read"
+            )
             raise ConvertError(
                 f"{file}: {stored!r}", expected=f"dtype {', '.join(dtypes)}", found=tensor.dtype, todo=todo
             )

@@ -24,7 +24,7 @@ _AT_ONCE: Final = 1 << 15  # blocks whose temporary copies are in memory at a ti
 # Values of four bits: a sign, two bits of exponent, one of mantissa.
 _E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 # Byte -> the values of its two halves.
-_PAIRS: Final = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], -1)
+PAIRS: Final = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], -1)
 # Scale -> its value; exact in float32 down to 2^-127, which is subnormal there. The last one is NaN.
 _SCALES: Final = np.append(np.ldexp(np.ones(NAN), np.arange(NAN) - 127), np.nan).astype(np.float32)
 _LOW: Final = np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -53,7 +53,7 @@ def values(data: Bytes) -> npt.NDArray[np.float32]:
     out = np.empty((len(flat), 2, GROUP // 2), np.float32)
     for first in range(0, len(flat), _AT_ONCE):
         part = flat[first : first + _AT_ONCE]
-        pairs = _PAIRS[part[:, 1:]]  # [n, 16, 2]
+        pairs = PAIRS[part[:, 1:]]  # [n, 16, 2]
         with np.errstate(over="ignore", invalid="ignore"):
             pairs *= _SCALES[part[:, 0]][:, None, None]
         out[first : first + len(part)] = pairs.transpose(0, 2, 1)

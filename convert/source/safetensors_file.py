@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -82,7 +82,7 @@ class StoredTensor:
 
 
 def _numpy(dtype: str) -> np.dtype[Any]:
-    return Dtype(dtype).numpy if dtype in FLOATS else np.dtype("u1")
+    return Dtype(dtype).numpy if dtype in FLOATS else np.dtype({"I8": "i1", "I32": "<i4"}.get(dtype, "u1"))
 
 
 class SafetensorsFile:
@@ -126,20 +126,20 @@ class SafetensorsFile:
 
     def read(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """Elements `first .. first+count` of tensor `name` in row-major order, 1-D, in the stored dtype
-        (BF16 as uint16, types of one byte as uint8). The range must be inside the tensor, and the dtype one of
-        `FLOATS`, `PACKED` and `SCALES`."""
-        source, begin, _ = self.span(name, first, count)
+        (BF16 as uint16, other types of one byte as uint8). The range must be inside the tensor, and the dtype one of
+        `FLOATS`, I8, I32, or of one byte."""
+        ((source, begin, _),) = self.spans(name, first, count)
         out = np.empty(count, _numpy(self.tensors[name].dtype))
         source.read_into(out.view(np.uint8).data, begin, repr(name))
         return out
 
-    def span(self, name: str, first: int, count: int) -> tuple[Source, int, int]:
+    def spans(self, name: str, first: int, count: int) -> Iterator[tuple[Source, int, int]]:
         """Where elements `first .. first+count` of tensor `name` are stored: the source, first byte and end."""
         tensor = self.tensors[name]
         if not 0 <= first <= first + count <= tensor.size:
             raise ValueError(f"{name}: elements {first}..{first + count} of {tensor.size}")
         width = _numpy(tensor.dtype).itemsize
-        return self.source, tensor.begin + first * width, tensor.begin + (first + count) * width
+        yield self.source, tensor.begin + first * width, tensor.begin + (first + count) * width
 
     def _header_bytes(self) -> bytes:
         size = self.source.size

@@ -44,7 +44,11 @@ HUB_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
     ("scaled rope parameters", put(rope_parameters={"rope_type": "yarn"}), ["rope_parameters.rope_type"]),
     ("biases", put(attention_bias=True), ["attention_bias", "bias"]),
     ("further-token layers", put(num_nextn_predict_layers=1), ["num_nextn_predict_layers"]),
-    ("quantised weights", put(quantization_config={"quant_method": "fp8"}), ["quantization_config", "fp8"]),
+    (
+        "quantised weights",
+        put(quantization_config={"quant_method": "awq"}),
+        ["quantization_config", "AutoAWQ"],
+    ),
     ("no shared expert", put(num_shared_experts=0), ["num_shared_experts", "at least 1"]),
     ("no scaling", put(routed_scaling_factor=0), ["routed_scaling_factor", "positive"]),
     ("KDA heads", linear(num_heads=4), ["linear_attn_config.num_heads", "expected 2", "found 4"]),

@@ -49,7 +49,7 @@ HUB_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
     ("KDA in the MTP layer", put(mtp_use_kda=True), ["mtp_use_kda"]),
     ("two MTP layers", put(num_nextn_predict_layers=2), ["num_nextn_predict_layers", "0 or 1"]),
     ("images", put(mrope_section=[8, 12, 12]), ["mrope_section", "images"]),
-    ("quantised weights", put(quantization_config={"quant_method": "fp8"}), ["quantization_config", "fp8"]),
+    ("quantised weights", put(quantization_config={"quant_method": "awq"}), ["quantization_config", "AutoAWQ"]),
     ("a positive bound", put(kda_lower_bound=5), ["kda_lower_bound", "negative"]),
     ("no bound", drop("kda_lower_bound"), ["kda_lower_bound", "nothing"]),
     ("a bound that is no number", put(kda_lower_bound=True), ["kda_lower_bound", "negative"]),
