@@ -306,3 +306,25 @@ def test_metal(cache_type: str, metal_backend: Path, engine: Engine, tmp_path: P
     key_type = "f32" if cache_type == "F32" else "f16"
     kernel = f"kernel_flash_attn_ext_{key_type}_dk192_dv128"
     assert any(each.kernel.startswith(kernel) for each in dispatches(tmp_path / "require"))
+
+
+# Dispatches of a layer with F32 weights and 5 groups of heads, as 16384 cells and 32 heads have.
+OF_ABSORBED = {"q: k_b, concat": 2, "attention": 1, "v_b, contiguous": 2}
+OF_PLAIN = {
+    "q: concat": 1,
+    "k_b transposed, rows as F32, their ends as F16": 3,
+    "two matmuls, REPEAT, two CPY": 5 * 5,
+    "attention": 5 * 2,
+}
+OF_PLAIN |= {"joining the groups": 4}
+
+
+def test_dispatches(metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
+    gguf = write_deepseek2(tmp_path / "model.gguf", DeepseekSpec(layers=1, heads=32))
+    setup = on_metal(metal_backend, flash_attention=True, cache_type="F16", cells=16384)
+    counted = []
+    for tokens in (FIRST["F16"] - 1, FIRST["F16"]):
+        log = tmp_path / f"{tokens}"
+        play(engine, gguf, setup, batches(tokens), KIMI_METAL_DRY="1", KIMI_METAL_LOG=str(log))
+        counted.append(len(dispatches(log)))
+    assert counted[1] - counted[0] == sum(OF_PLAIN.values()) - sum(OF_ABSORBED.values())
