@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llama_script import Setup, decode, play, text, threads
-from native_program import OPERATORS, compile_library
+from native_program import compile_library
 
 from kimi_gguf.bench.shapes import BenchModel, plan_of, quantized_types
 from kimi_gguf.engine.builds import Engine
@@ -20,6 +20,8 @@ pytestmark = pytest.mark.engine
 
 MODEL = BenchModel("kimi-linear", layers=4, experts=256, type="Q4_K_M")  # layers of each kind
 MIB = 1 << 20
+# MiB by number of queries. Latent attention needs the most.
+MOST = {512: 107, 4096: 248}
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +35,8 @@ def empty_model(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
-def documented() -> dict[int, int]:
-    """MiB for 128 threads by number of queries, from the README of latent attention, which needs the most."""
-    readme = " ".join((OPERATORS / "latent_attention" / "README.md").read_text().split())
-    pattern = r"(\d+) MiB for 128 threads, and (\d+) MiB for 128 threads and 4096 queries\."
-    ((of_512, of_4096),) = re.findall(pattern, readme)
-    return {512: int(of_512), 4096: int(of_4096)}
-
-
-@pytest.mark.parametrize("tokens", [512, 4096])
-def test_the_work_buffer_of_128_threads_is_not_larger_than_documented(
+@pytest.mark.parametrize("tokens", MOST)
+def test_the_work_buffer_of_128_threads(
     tokens: int, empty_model: Path, engine: Engine, tmp_path: Path
 ) -> None:
     library = compile_library(engine, "planned_work.cpp", tmp_path)
@@ -53,4 +47,4 @@ def test_the_work_buffer_of_128_threads_is_not_larger_than_documented(
     steps = [threads(128), decode(*text(0, np.zeros(tokens, np.int64)), wanted=[0])]
     log = play(engine, empty_model, setup, steps, LD_PRELOAD=str(library)).log
     (planned,) = re.findall(r"planned work: 128 threads, (\d+) bytes", log)
-    assert round(int(planned) / MIB) <= documented()[tokens]
+    assert round(int(planned) / MIB) <= MOST[tokens]
