@@ -1,4 +1,4 @@
-"""The CUDA kernels called by ggml-cuda's own host code: upstream's own comparison of devices, and whole models.
+"""The CUDA kernels called by ggml-cuda's own host code, in whole models.
 
 The device is that of second_backend.cpp. Patched ggml-cuda decides which operators it supports, which nodes it computes
 with one call and whether it launches a captured graph again (native/cuda/second_cuda.cu); our kernels run on the
@@ -32,7 +32,6 @@ from llama_script import Logits, Setup, Step, decode, drafts_rolled_back, pauses
 from native_program import (
     compile_program,
     ggml_libraries,
-    passed_cases,
     roll_back_on_device,
     run_program,
 )
@@ -139,24 +138,6 @@ def ran(log: Path) -> set[str]:
 def fused(log: Path) -> set[str]:
     """The first operators of fused nodes that ran."""
     return set(re.findall(r"^SECOND0 kernel (\w+), fused$", log.read_text(), re.MULTILINE))
-
-
-# Operator -> pattern of its cases; there are more than this number. KDA: test_layouts_gates_and_copies_of_kda.
-COMPARED = {
-    "LATENT_ATTN": (r"dims=\[128,64,512,128\]", 16),
-    "FLASH_ATTN_EXT": ("hsk=576,hsv=512,.*type_K=(f32|f16|bf16|q8_0|q4_0)", 20),
-}
-
-
-@pytest.mark.parametrize("operator", COMPARED)
-def test_upstreams_comparison_of_devices(
-    operator: str, backend: Path, engine: Engine, tmp_path: Path
-) -> None:
-    cases, count = COMPARED[operator]
-    log = tmp_path / "log"
-    variables = {"GGML_BACKEND_PATH": str(backend), "SECOND_LOG": str(log), "GGML_NO_BACKTRACE": "1"}
-    assert passed_cases(engine, "SECOND0", operator, "-p", cases, **variables) > count
-    assert ran(log) == {f"SECOND0 kernel {operator}"}
 
 
 @pytest.mark.parametrize("group", ["conv", "scan", "gates", "rows", "kept", "extra", "refused"])
