@@ -17,6 +17,7 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, load_vocab
 from kimi_gguf.convert.model.generation import GENERATION
+from kimi_gguf.convert.model.vocab import parsed
 from kimi_gguf.convert.model.vocab_files import TOKENIZER, read_text
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.stream import Pace, Rounding, encoded, prepared
@@ -130,7 +131,7 @@ def read_template(path: Path, config: ModelConfig) -> str:
         origin = family_of(config).template
         todo = f"get it from {origin}" if origin else "name a file, or omit the option"
         raise ConvertError(f"{path}: no such file", expected="a chat template (Jinja)", todo=todo)
-    return read_text(path)
+    return parsed(read_text(path), str(path))
 
 
 def _plan(checkpoint: Checkpoint, wanted: FileType | TypeRequest, options: Options) -> Plan:

@@ -6,12 +6,14 @@ Output: a `Vocab` for GGUF's `tokenizer.ggml.*` keys (model `gpt2`, pre-tokenize
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from gguf import TokenType
+from jinja2 import Environment, TemplateSyntaxError
 
 from kimi_gguf.convert.errors import ConvertError, excerpt
 from kimi_gguf.convert.model.byte_bpe import bytes_to_text, merges_from_ranks
@@ -26,6 +28,8 @@ from kimi_gguf.convert.model.vocab_files import (
 )
 from kimi_gguf.convert.source.json_file import read_object
 
+# transformers' tag around what the assistant says, which llama.cpp ignores.
+_GENERATION: Final = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 SPECIAL_IDS = 258  # how many ids past the ranks the hub's tokenizer class makes special
 
 
@@ -187,12 +191,32 @@ def token_id(kind: str, configured: int | None, settings: dict[str, Any], ids: d
 
 
 def chat_template(folder: Path, settings: dict[str, Any], settings_path: Path) -> str | None:
-    """The chat template: `chat_template.jinja` if it exists (as in transformers), else that of the settings."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return read_text(file)
-    template = settings.get("chat_template")
+    """The chat template: `chat_template.jinja` if it exists (as in transformers), else that of the settings; of a list
+    the one with the name "default". Raises `ConvertError` for one that does not parse."""
+    file, where = folder / "chat_template.jinja", f"{settings_path}: 'chat_template'"
+    template = read_text(file) if file.exists() else settings.get("chat_template")
     if isinstance(template, list):
-        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
-        template = next((entry.get("template") for entry in named), None)
-    return None if template is None else checked_text(template, f"{settings_path}: 'chat_template'")
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        if "default" not in named:
+            found = ", ".join(map(str, named))
+            todo = "write the one to use into chat_template.jinja"
+            raise ConvertError(where, expected='a template with the name "default"', found=found, todo=todo)
+        template = named["default"]
+    return (
+        None
+        if template is None
+        else parsed(checked_text(template, where), str(file if file.exists() else where))
+    )
+
+
+def parsed(template: str, where: str) -> str:
+    """The template, if Jinja can parse it; it is not run. Raises `ConvertError`."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        environment.parse(_GENERATION.sub("", template))
+    except TemplateSyntaxError as error:
+        raise ConvertError(
+            f"{where}, line {error.lineno}: {error.message}",
+            todo="correct the chat template, or give another one with --chat-template",
+        ) from None
+    return template

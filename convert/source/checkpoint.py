@@ -36,7 +36,15 @@ from kimi_gguf.convert.source.json_file import MAX_INDEX_BYTES, read_object
 from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.convert.source.read_ahead import MOST_BYTES, Range, ReadAhead
 from kimi_gguf.convert.source.remote import RemoteFile
-from kimi_gguf.convert.source.safetensors_file import FLOATS, PACKED, SCALES, Dtype, SafetensorsFile
+from kimi_gguf.convert.source.safetensors_file import (
+    DOUBLE,
+    FLOATS,
+    PACKED,
+    SCALES,
+    Dtype,
+    SafetensorsFile,
+    plain_name,
+)
 from kimi_gguf.engine.path_check import shortened
 
 SINGLE: Final = "model.safetensors"
@@ -48,7 +56,9 @@ MODELOPT: Final = (
 _FEW_TENSORS: Final = 21_000  # whose memory is not counted
 _TENSOR_BYTES: Final = 1200  # memory of each further one, measured with half a million
 WINDOW_BYTES: Final = 7 << 20  # of a tensor in MXFP4 that are prefetched together; less than a request
+_BUFFERS: Final = (".rotary_emb.inv_freq",)  # that models compute, and some checkpoints have
 _OF_PEFT: Final = re.compile(r"\.(base_layer|lora_[AB])\.")
+_INDEX_END: Final = ".safetensors.index.json"
 _NO_PICKLES: Final = (
     "pickled weights run code when they are read, so they are refused; save the checkpoint as safetensors"
 )
@@ -112,7 +122,8 @@ class Checkpoint:
     def stored_dtype(self, name: str) -> Dtype:
         """The type the tensor is stored in."""
         file, place = self._stored(name)
-        return Dtype.MXFP4 if place.scales else Dtype(file.tensors[place.stored].dtype)
+        dtype = file.tensors[place.stored].dtype
+        return Dtype.MXFP4 if place.scales else Dtype.F32 if dtype == DOUBLE else Dtype(dtype)
 
     @property
     def packed(self) -> bool:
@@ -127,6 +138,17 @@ class Checkpoint:
             return None
         form, nbytes = found
         return form, nbytes * math.prod(self.shapes[name]) // math.prod(place.stored_shape)
+
+    @property
+    def doubles(self) -> int:
+        """How many tensors are stored in F64, and rounded to float32 when they are read."""
+        stored = (self._stored(name) for name in self._place)
+        return sum(file.tensors[place.stored].dtype == DOUBLE for file, place in stored)
+
+    @property
+    def has_unused_head(self) -> bool:
+        """Whether an output matrix is stored although the config ties it to the embedding."""
+        return self.config.tie_word_embeddings and family_of(self.config).table.head.hub in self._file_of
 
     def locate(self, name: str, element: int) -> tuple[PurePath, str, tuple[int, ...]]:
         """The file, the stored name and the index there of the tensor's `element` in row-major order (in MXFP4 the
@@ -270,8 +292,9 @@ class _Root:
 
     path: PurePath  # its name in errors
     folder: Path  # of the small files
-    weight_map: Mapping[str, str]  # of the index; empty for a single file
-    single: str | None
+    names: Sequence[str]  # of the files with weights
+    index: str | None
+    weight_map: Mapping[str, str]  # of the index
     open: Callable[[str], SafetensorsFile]
     ahead: ReadAhead[RemoteFile] | None = None
 
@@ -295,8 +318,7 @@ def open_checkpoint(source: Path | str, mtp: bool = True) -> Iterator[Checkpoint
         }
     config = read_config(data, str(config_file))
     with ExitStack() as stack:
-        names = [root.single] if root.single else sorted(set(root.weight_map.values()))
-        files = {root.path / name: stack.enter_context(root.open(name)) for name in names}
+        files = {root.path / name: stack.enter_context(root.open(name)) for name in root.names}
         where: dict[str, PurePath] = {}
         for file_path, file in files.items():
             for name in file.tensors:
@@ -306,8 +328,8 @@ def open_checkpoint(source: Path | str, mtp: bool = True) -> Iterator[Checkpoint
                         todo="expected each tensor in one file, download the checkpoint again",
                     )
                 where[name] = file_path
-        if not root.single:
-            _check_index(root.path, root.weight_map, where)
+        if root.index is not None:
+            _check_index(root.path / root.index, root.weight_map, where)
         stored: Mapping[PurePath, StoredFile] = files
         if config.forms is not None:
             stored, where = decoded(config.forms, files, where)
@@ -360,43 +382,70 @@ def exists(path: Path) -> bool:
 
 def _on_disk(path: Path) -> _Root:
     if path.is_dir():
-        names = {file.name for file in path.iterdir() if file.exists()}
-        folder, (single, index) = path, _weights(path, names)
-    elif path.name.endswith(".index.json"):
-        folder, single, index = path.parent, None, path.name
+        folder, (names, index) = path, _weights(path, {file.name for file in path.iterdir() if file.exists()})
+    elif path.name.endswith(_INDEX_END):
+        folder, names, index = path.parent, [], path.name
     elif path.suffix in _PICKLES:
         raise ConvertError(f"{path}: {_NO_PICKLES}")
     elif path.suffix == ".safetensors":
-        folder, single, index = path.parent, path.name, None
+        folder, names, index = path.parent, [path.name], None
     else:
         todo = "; to quantize a GGUF file: kimi-llama quantize" if path.suffix == ".gguf" else ""
         raise ConvertError(path, expected=f"a checkpoint folder or a .safetensors file{todo}")
     weight_map = _weight_map(folder / index) if index else {}
-    return _Root(folder, folder, weight_map, single, lambda name: SafetensorsFile(LocalFile(folder / name)))
+    names = names or sorted(set(weight_map.values()))
+    return _Root(
+        folder, folder, names, index, weight_map, lambda name: SafetensorsFile(LocalFile(folder / name))
+    )
 
 
 def _on_hub(id: HubId) -> _Root:
     hub = open_repository(id, (CONFIG, MODELOPT, INDEX, CARD, GENERATION, *TOKENIZER))
-    single, index = _weights(hub.path, hub.names)
+    names, index = _weights(hub.path, hub.names)
     weight_map = _weight_map(hub.folder / index) if index else {}
+    names = names or sorted(set(weight_map.values()))
     return _Root(
-        hub.path, hub.folder, weight_map, single, lambda name: SafetensorsFile(hub.open(name)), hub.ahead
+        hub.path,
+        hub.folder,
+        names,
+        index,
+        weight_map,
+        lambda name: SafetensorsFile(hub.open(name)),
+        hub.ahead,
     )
 
 
-def _weights(path: PurePath, names: Collection[str]) -> tuple[str | None, str | None]:
-    """The single file or the index among the names of a folder's files."""
-    single, index = SINGLE in names, INDEX in names
-    if single and index:
+def _weights(path: PurePath, names: Collection[str]) -> tuple[list[str], str | None]:
+    """The files with weights among the names of a folder's files, or their index. Shards without an index are a
+    checkpoint if their tensors are complete and unique, which is checked when they are open."""
+    if SINGLE in names and INDEX in names:
         raise ConvertError(
             f"{path}: has both {SINGLE} and {INDEX}", todo="give the path of the one to convert"
         )
-    if single or index:
-        return (SINGLE, None) if single else (None, INDEX)
+    if SINGLE in names:
+        return [SINGLE], None
+    indexes = [INDEX] if INDEX in names else sorted(name for name in names if name.endswith(_INDEX_END))
+    if len(indexes) > 1:
+        raise ConvertError(
+            f"{path}: has several indexes",
+            found=", ".join(indexes),
+            todo="give the path of the one to convert",
+        )
+    if indexes:
+        return [], indexes[0]
+    weights = sorted(
+        name for name in names if name.endswith(".safetensors") and not name.startswith("adapter_")
+    )
+    if weights:
+        return weights, None
     pickles = sorted(name for name in names if PurePath(name).suffix in _PICKLES)
     if pickles:
         raise ConvertError(f"{path / pickles[0]}: {_NO_PICKLES}")
-    raise ConvertError(f"{path}: has neither {SINGLE} nor {INDEX}", todo="expected a checkpoint folder")
+    raise ConvertError(
+        path,
+        expected="a checkpoint folder with .safetensors files",
+        found=", ".join(sorted(names)[:8]) or "nothing",
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -416,19 +465,20 @@ def _weight_map(index: Path) -> dict[str, str]:
                 expected="a file in the folder of the index",
                 found=f"{file!r:.80}, which is outside of it",
             )
-    return found
+    return {plain_name(name): file for name, file in found.items()}
 
 
-def _check_index(path: PurePath, weight_map: Mapping[str, str], where: Mapping[str, PurePath]) -> None:
+def _check_index(index: PurePath, weight_map: Mapping[str, str], where: Mapping[str, PurePath]) -> None:
     """Raise `ConvertError` if the index and the shards differ."""
     for name, file in weight_map.items():
         if name not in where:
             raise ConvertError(
-                f"{path / file}: missing tensor {name!r} of {INDEX}", todo="download the file again"
+                f"{index.parent / file}: missing tensor {name!r} of {index.name}",
+                todo="download the file again",
             )
-        if where[name] != path / file:
+        if where[name] != index.parent / file:
             raise ConvertError(
-                f"{path / INDEX}: {name!r}",
+                f"{index}: {name!r}",
                 expected=f"in {file}",
                 found=f"in {where[name].name}",
                 todo="index and files do not belong together, download the checkpoint again",
@@ -436,7 +486,7 @@ def _check_index(path: PurePath, weight_map: Mapping[str, str], where: Mapping[s
     for name, found in where.items():
         if name not in weight_map:
             raise ConvertError(
-                f"{found}: unexpected tensor {name!r}, which {INDEX} does not list",
+                f"{found}: unexpected tensor {name!r}, which {index.name} does not list",
                 todo="index and files do not belong together, download the checkpoint again",
             )
 
@@ -459,10 +509,11 @@ def _resolve(
                 todo="merge it (merge_and_unload) and save the model, or save the adapter alone (save_pretrained)",
             )
     for name, shape in shapes.items():
-        candidates = places_of(config, name, shape)
+        tied = (
+            name == head and config.tie_word_embeddings
+        )  # transformers then uses the embedding, whatever is stored
+        candidates = places_of(config, embedding if tied else name, shape)
         found = [place for place in candidates if place.stored in where]
-        if not found and name == head and config.tie_word_embeddings:
-            found = [place for place in places_of(config, embedding, shape) if place.stored in where]
         if not found:
             raise _missing(path, candidates, where)
         if len(found) > 1:
@@ -481,7 +532,11 @@ def _resolve(
     }
     ignored = (*family.ignored, *family.left_out(config))
     for stored, file in where.items():
-        if stored.startswith(ignored):
+        if (
+            stored.startswith(ignored)
+            or stored.endswith(_BUFFERS)
+            or (stored == head and config.tie_word_embeddings)
+        ):
             continue
         if stored not in used:
             raise ConvertError(
@@ -492,8 +547,9 @@ def _resolve(
                 ),
             )
         tensor, (padded, place, expected) = files[file].tensors[stored], used[stored]
+        same = [n for n in tensor.shape if n != 1] == [n for n in expected if n != 1]  # as A_log [heads]
         longer = padded and len(tensor.shape) == 1 and tensor.shape > expected
-        if tensor.shape != expected and not longer:
+        if not same and not longer:
             raise ConvertError(
                 f"{file}: {stored!r}",
                 expected=f"shape {list(expected)} by {CONFIG}",
@@ -501,7 +557,7 @@ def _resolve(
                 todo="file and config do not belong together",
             )
         dtypes = FLOATS if place.scales is None else PACKED if stored == place.stored else SCALES
-        if tensor.dtype not in dtypes and tensor.dtype != Dtype.MXFP4.name:
+        if tensor.dtype not in (*dtypes, DOUBLE, Dtype.MXFP4.name):
             todo = (
                 f"{CONFIG} has no quantization_config that says how to read it"
                 if dtypes is FLOATS

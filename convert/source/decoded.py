@@ -22,7 +22,7 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.stored_forms import CONFIG, E2M1, EXPERT, FP8, INT8, PACKED, Form, Forms
 from kimi_gguf.convert.source import mxfp4
 from kimi_gguf.convert.source.byte_source import Source
-from kimi_gguf.convert.source.safetensors_file import SafetensorsFile, StoredTensor
+from kimi_gguf.convert.source.safetensors_file import DOUBLE, SafetensorsFile, StoredTensor
 
 Values = npt.NDArray[np.float32]
 
@@ -229,7 +229,7 @@ def decoded(
     hidden: set[str] = set()
     for stored, path in where.items():
         dtype = files[path].tensors[stored].dtype
-        if dtype in _FLOATS or _PART.search(stored):
+        if dtype in (*_FLOATS, DOUBLE) or _PART.search(stored):
             continue
         base = stored.removesuffix("_packed")
         module = base.removesuffix(".weight")

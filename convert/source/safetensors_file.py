@@ -53,6 +53,7 @@ class Dtype(Enum):
 FLOATS: Final = tuple(
     dtype.name for dtype in Dtype if dtype is not Dtype.MXFP4
 )  # of single tensors with weights
+DOUBLE: Final = "F64"  # read as float32
 PACKED: Final = ("U8",)  # of the tensor with MXFP4's elements
 SCALES: Final = ("U8", "F8_E8M0")  # of the tensor with their scales
 
@@ -81,8 +82,17 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name without what torch.compile and DataParallel put into it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
 def _numpy(dtype: str) -> np.dtype[Any]:
-    return Dtype(dtype).numpy if dtype in FLOATS else np.dtype({"I8": "i1", "I32": "<i4"}.get(dtype, "u1"))
+    return (
+        Dtype(dtype).numpy
+        if dtype in FLOATS
+        else np.dtype({"I8": "i1", "I32": "<i4", DOUBLE: "<f8"}.get(dtype, "u1"))
+    )
 
 
 class SafetensorsFile:
@@ -126,12 +136,13 @@ class SafetensorsFile:
 
     def read(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """Elements `first .. first+count` of tensor `name` in row-major order, 1-D, in the stored dtype
-        (BF16 as uint16, other types of one byte as uint8). The range must be inside the tensor, and the dtype one of
-        `FLOATS`, I8, I32, or of one byte."""
+        (BF16 as uint16, F64 as float32, other types of one byte as uint8). The range must be inside the tensor, and the
+        dtype one of `FLOATS`, F64, I8, I32, or of one byte."""
         ((source, begin, _),) = self.spans(name, first, count)
         out = np.empty(count, _numpy(self.tensors[name].dtype))
         source.read_into(out.view(np.uint8).data, begin, repr(name))
-        return out
+        with np.errstate(over="ignore"):
+            return out.astype(np.float32) if out.dtype == np.float64 else out
 
     def spans(self, name: str, first: int, count: int) -> Iterator[tuple[Source, int, int]]:
         """Where elements `first .. first+count` of tensor `name` are stored: the source, first byte and end."""
@@ -171,7 +182,11 @@ class SafetensorsFile:
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise ConvertError(f"{self.path}: __metadata__", expected="an object of strings", todo=_TODO)
         start = 8 + len(header)
-        tensors = {name: self._entry(name, entry, start, size) for name, entry in entries.items()}
+        tensors = {plain_name(name): self._entry(name, entry, start, size) for name, entry in entries.items()}
+        if len(tensors) < len(entries):
+            raise ConvertError(
+                f"{self.path}: two tensors differ only by _orig_mod. or module. in their names", todo=_TODO
+            )
         self._check_cover(list(tensors.values()), start, size)
         return tensors
 
