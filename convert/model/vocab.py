@@ -196,9 +196,10 @@ def chat_template(folder: Path, settings: dict[str, Any], settings_path: Path) -
     file, where = folder / "chat_template.jinja", f"{settings_path}: 'chat_template'"
     template = read_text(file) if file.exists() else settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         if "default" not in named:
-            found = ", ".join(map(str, named))
+            found = ", ".join(named)
             todo = "write the one to use into chat_template.jinja"
             raise ConvertError(where, expected='a template with the name "default"', found=found, todo=todo)
         template = named["default"]

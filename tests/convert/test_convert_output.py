@@ -275,7 +275,9 @@ def test_wrong_arguments_end_with_2_and_usage(arguments: list[str]) -> None:
 def test_a_source_that_is_not_there_is_refused(tmp_path: Path, out: Path) -> None:
     assert_refused(convert(tmp_path / "no", "-o", out / "x.gguf"), out, "not found")
     (tmp_path / "empty").mkdir()
-    assert_refused(convert(tmp_path / "empty", "-o", out / "x.gguf"), out, "model.safetensors")
+    assert_refused(
+        convert(tmp_path / "empty", "-o", out / "x.gguf"), out, ".safetensors files, found nothing"
+    )
     (tmp_path / "x.txt").touch()
     assert_refused(convert(tmp_path / "x.txt", "-o", out / "x.gguf"), out, "expected a checkpoint folder")
 
