@@ -105,8 +105,6 @@ template <typename B> inline void add_bytes(int sums, int a, int b) {
 }
 
 inline void add_bf16(int sums, int a, int b) {
-    using flushed;
-    using from_bf16;
     check_shapes(sums, a, b);
     for (int row = 0; row < tiles[sums].rows; row++) {
         for (int column = 0; column < tiles[sums].bytes / 4; column++) {
