@@ -244,7 +244,7 @@ def test_a_captured_graph_is_launched_again(
     assert [again for _, again, _ in graphs] == ["anew"] * 2 + ["again"] * (len(steps) - 2)
 
 
-UNFUSED = "conv,scan,mla,moe,batch,plain"  # KIMI_OPS: all but the fusion of nodes
+UNFUSED = "conv,scan,mla,matmul,batch,plain"  # KIMI_OPS: all but the fusion of nodes
 # Cache type -> NMSE of the logits with and without fused nodes: a value at a boundary of Q8_1, or of the cache's type,
 # is rounded the other way.
 ERROR_OF_FUSION = {"F32": 1e-6, "F16": 1e-6, "BF16": 1e-6, "Q8_0": 1e-5, "Q4_0": 1e-3}

@@ -244,7 +244,7 @@ def test_a_device_without_an_operator_of_the_plain_graph(world: World) -> None:
 
 
 @pytest.mark.parametrize("world", ["kimi-linear"], indirect=True)
-@pytest.mark.parametrize("choice", ["off", "conv,scan", "conv,scan,mla,moe,fuse,batch"])
+@pytest.mark.parametrize("choice", ["off", "conv,scan", "conv,scan,mla,matmul,fuse,batch"])
 def test_the_switch_disables_it(choice: str, world: World) -> None:
     assert PLAIN not in world.play(batches(340), {"KIMI_OPS": choice})[2]
 

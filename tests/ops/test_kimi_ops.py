@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 
 PROMPT, TOKENS = 128, 136
 SPEC = Spec(layers="KM", hidden=128, heads=3, kv_lora=512, nope=128, rope=64, v_dim=128, seed=50)
-CHOICES = ("off", "conv,scan", "conv,scan,mla", "conv,scan,mla,moe", "conv,scan,mla,moe,fuse")
+CHOICES = ("off", "conv,scan", "conv,scan,mla", "conv,scan,mla,matmul", "conv,scan,mla,matmul,fuse")
 # Of CHOICES, those whose logits differ from those of the previous one. KDA and attention differ in bits that the
 # 8-bit activations of Q8_0 may hide; the matmuls of F32 weights are upstream's; fused nodes give the same bits.
 DIFFERENT = {"F32": (1, 2), "Q8_0": (3,)}
@@ -63,6 +63,16 @@ def test_contexts_of_one_process_keep_their_choice(
 def test_values_that_are_refused(value: str, reason: str, model: Path, engine: Engine) -> None:
     with pytest.raises(PlayError, match=reason):
         play(engine, model, Setup(), [], KIMI_OPS=value)
+
+
+def test_the_old_name_of_matmul_is_accepted_with_a_note(tmp_path: Path, engine: Engine) -> None:
+    model = tmp_path / "model.gguf"
+    convert(write_checkpoint(tmp_path / "checkpoint", SPEC), model, TYPES["Q8_0"])
+    steps = [decode(*text(0, np.arange(PROMPT)))]
+    old, new, off = (play(engine, model, Setup(), steps, KIMI_OPS=name) for name in ("moe", "matmul", "off"))
+    np.testing.assert_array_equal(old.logits, new.logits)
+    assert not np.array_equal(old.logits, off.logits)
+    assert ["'moe' is now 'matmul'" in played.log for played in (old, new)] == [True, False]
 
 
 @pytest.mark.parametrize("cache_type", ["F32", "F16"])

@@ -66,7 +66,7 @@ def test_every_type_layout_shape_and_number_of_threads(
 def test_a_model_has_the_logits_of_upstreams_matmuls(
     engine: Engine, model: Path, ids: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = logits(engine, model, ids, monkeypatch, "conv,scan,mla,moe")
+    ours = logits(engine, model, ids, monkeypatch, "conv,scan,mla,matmul")
     upstream = logits(engine, model, ids, monkeypatch, "conv,scan,mla")
     assert not (ours == upstream).all(), (
         "the switch does nothing: sums in another order differ in their last bits"

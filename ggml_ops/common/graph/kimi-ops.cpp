@@ -3,6 +3,7 @@
 #include "ggml-op-marks.h"
 #include "ggml.h"
 #include "llama-batch.h"
+#include "llama-impl.h"
 
 #include <cstdlib>
 #include <sstream>
@@ -22,7 +23,7 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
         const char * name;
         bool *       flag;
     } names[] = {
-        { "conv", &picked.conv }, { "scan", &picked.scan },   { "mla", &picked.mla },     { "moe", &picked.moe },
+        { "conv", &picked.conv }, { "scan", &picked.scan },   { "mla", &picked.mla },     { "matmul", &picked.matmul },
         { "fuse", &picked.fuse }, { "batch", &picked.batch }, { "plain", &picked.plain },
     };
 
@@ -39,6 +40,10 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
         if (part == "exact") {
             picked.exact = true;
             continue;
+        }
+        if (part == "moe") {  // its old name
+            LLAMA_LOG_WARN("KIMI_OPS: 'moe' is now 'matmul'\n");
+            part = "matmul";
         }
         bool known = false;
         for (const auto & n : names) {
@@ -74,7 +79,7 @@ void llama_kimi_ops_mark(ggml_cgraph * graph, const llama_kimi_ops & ops, const 
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         ggml_tensor * node   = ggml_graph_node(graph, i);
         const bool    matmul = node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
-        if ((matmul && !ops.moe) || (node->op == GGML_OP_FLASH_ATTN_EXT && !ops.mla)) {
+        if ((matmul && !ops.matmul) || (node->op == GGML_OP_FLASH_ATTN_EXT && !ops.mla)) {
             ggml_op_set_mark(node, GGML_OP_MARK_UPSTREAM);
         }
         if (ops.exact && (node->op == GGML_OP_LATENT_ATTN || node->op == GGML_OP_FLASH_ATTN_EXT)) {

@@ -23,7 +23,7 @@ struct llama_kimi_ops {
     bool conv    = true;  // KDA_CONV
     bool scan    = true;  // KDA_SCAN
     bool mla     = true;  // LATENT_ATTN, and FLASH_ATTN_EXT over the latent cache
-    bool moe     = true;  // matmuls on the CPU, and of one column on CUDA
+    bool matmul  = true;  // matmuls on the CPU, and of one column on CUDA
     bool fuse    = true;  // fusion of nodes
     bool batch   = true;  // results independent of other sequences
     bool plain   = true;  // with mla: the plain graph instead of LATENT_ATTN

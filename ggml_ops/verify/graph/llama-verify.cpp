@@ -54,7 +54,7 @@ void llama_verify_operators(const llama_model & model, const llama_kimi_ops & op
     const bool mla = model.hparams.is_mla() && ops.mla;
     for (ggml_backend_dev_t dev : devices_of(model, op_offload)) {
         const bool fuse                          = ops.fuse && fuses_nodes(dev);
-        const bool matvec                        = ops.moe && ggml_verify_has_matvec(dev);
+        const bool matvec                        = ops.matmul && ggml_verify_has_matvec(dev);
         const bool selected[GGML_VERIFY_N_PARTS] = { kda, kda, kda, mla, mla, fuse, matvec };
         if (std::find(std::begin(selected), std::end(selected), true) == std::end(selected)) {
             continue;
