@@ -19,7 +19,7 @@ END = "<!-- end -->\n"
 HEAD = """# Patches
 
 The engine is the pinned llama.cpp (`upstream.toml`) with these patches and the sources in [ggml_ops](../ggml_ops).
-`tools/run patches index` writes this page from the headers of the patches.
+`tools/run patches index` writes this page from the headers of the patches; the names are those of the files.
 
 | folder | what |
 | --- | --- |
@@ -67,12 +67,9 @@ def _request_row(request: PullRequest) -> str:
     test = test.replace("|", r"\|")  # a table's cell
     needs = ", ".join(needed.name.split("-")[0] for needed in request.needs)
     state = (request.patch.field("Upstream") or "").removeprefix("not yet forwarded").removeprefix("; ")
-    return f"| {_link(request.patch, '../patches/')} {request.title} | {needs} | {test} | {state} |"
-
-
-def _link(patch: Patch, folder: str = "") -> str:
-    return f"[{patch.name.split('-')[0]}]({folder}{patch.kind}/{patch.name})"
+    link = f"[{request.name[:4]}](../patches/{request.patch.kind}/{request.patch.name})"
+    return f"| {link} {request.title} | {needs} | {test} | {state} |"
 
 
 def _row(patch: Patch) -> str:
-    return f"| {_link(patch)} {patch.subject} | {patch.field('Effect')} |"
+    return f"| {patch.name.removesuffix('.patch')} | {patch.field('Effect')} |"
