@@ -271,16 +271,10 @@ def added_code(patch: Patch) -> int:
     return sum(not line.startswith(("//", "/*", "* ")) for line in added)
 
 
-# Patches whose logic is not in files of ggml_ops yet: the most lines that they may have.
-LARGER = {"0058": 255}
-
-
 def test_a_patch_of_ops_holds_call_sites() -> None:
     ops = [patch for patch in load_series().patches if patch.kind != FIXES]
     assert len(ops) <= 22
-    too_large = {
-        patch.name: added_code(patch) for patch in ops if added_code(patch) > LARGER.get(patch.name[:4], 120)
-    }
+    too_large = {patch.name: added_code(patch) for patch in ops if added_code(patch) > 120}
     assert not too_large, "move the logic into files of ggml_ops"
 
 

@@ -1,4 +1,7 @@
 #include "common.h"
+#ifndef GGML_METAL_KIMI_ARGS
+#include "kimi_args.metal"
+#endif
 
 constant int FC_router_n_expert [[function_constant(FC_FUSE + 0)]];
 constant int FC_router_top_k [[function_constant(FC_FUSE + 1)]];

@@ -1,9 +1,9 @@
 #include "ggml-metal-fuse.h"
 
 #include "ggml-metal-encode.h"
-#include "ggml-metal-impl.h"
 #include "ggml-op-marks.h"
 #include "ggml-router-nodes.h"
+#include "kernels/kimi_args.metal"
 
 #include <algorithm>
 #include <string>

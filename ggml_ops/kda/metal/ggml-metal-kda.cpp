@@ -4,7 +4,7 @@
 #include "ggml-kda-scan.h"
 #include "ggml-kda-state.h"
 #include "ggml-metal-encode.h"
-#include "ggml-metal-impl.h"
+#include "kernels/kimi_args.metal"
 
 #include <cmath>
 #include <map>

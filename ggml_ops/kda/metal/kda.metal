@@ -1,4 +1,7 @@
 #include "common.h"
+#ifndef GGML_METAL_KIMI_ARGS
+#include "kimi_args.metal"
+#endif
 
 // Kimi Delta Attention. The specification of KDA_CONV and KDA_SCAN: ggml-kda-conv.h, ggml-kda-scan.h
 

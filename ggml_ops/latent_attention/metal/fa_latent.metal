@@ -1,5 +1,8 @@
 #include "common.h"
 #include "dequantize.h"
+#ifndef GGML_METAL_KIMI_ARGS
+#include "kimi_args.metal"
+#endif
 
 // FLASH_ATTN_EXT with one KV head whose V is the beginning of K (MLA, absorbed): each row of the cache is read once for
 // NR rows of q. A row is a (query, head) pair, so one query of 32 heads reads the cache once.

@@ -3,7 +3,7 @@
 #include "ggml-impl.h"
 #include "ggml-latent-node.h"
 #include "ggml-metal-encode.h"
-#include "ggml-metal-impl.h"
+#include "kernels/kimi_args.metal"
 
 #include <cstdio>
 
