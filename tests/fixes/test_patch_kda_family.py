@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +24,30 @@ from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.patches.diff import apply
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree, list_files
-from kimi_gguf.tools.pull_request import load_pull_requests, select
 from kimi_gguf.tools.upstream_converter import Job
-from kimi_gguf.tools.upstream_tests import prove
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions, run_logits
 
 pytestmark = pytest.mark.engine
 
+GLM_BOUND = """
+import json, sys
+from unittest.mock import MagicMock, patch
+from conversion.glm import Glm5NextModel
+
+class Config(dict):
+    def __missing__(self, key):
+        return ["linear_attention", "full_attention"] if key == "layer_types" else 2
+
+model = object.__new__(Glm5NextModel)
+model.hparams = Config(mla_use_nope=True, qk_rope_head_dim=0, norm_topk_prob=True, q_lora_rank=8, linear_attn_config={
+    "num_heads": 2, "head_dim": 8, "short_conv_kernel_size": 4, **json.loads(sys.argv[1])})
+model.block_count, model.skip_mtp, model.gguf_writer = 2, True, MagicMock()
+with patch.object(Glm5NextModel.__mro__[1], "set_gguf_parameters"):
+    model.set_gguf_parameters()
+calls = model.gguf_writer.add_kda_gate_lower_bound.call_args_list
+print(calls[0].args[0] if calls else None)
+"""
 IDS: NDArray[np.int64] = np.random.default_rng(7).integers(0, VOCAB_SIZE, 150)
 LING = "bailingmoe3"
 SMALL = [
@@ -73,20 +91,19 @@ CONVERTED: list[dict[str, float]] = [
 ]
 
 
-@pytest.fixture
-def fixed_converter(tmp_path: Path) -> Path:
-    """The folder of upstream's converter with 0029-ling-yarn-mscale."""
-    (request,) = select(load_pull_requests(load_series()), ["29"])
-    source, folder = upstream_source() / "llama.cpp", tmp_path / "llama.cpp"
+def fixed_converter(folder: Path, number: str) -> Path:
+    """`folder` with upstream's converter and a fix."""
+    (fix,) = (patch for patch in load_series().patches if patch.name.startswith(number))
+    source = upstream_source() / "llama.cpp"
     tree = Tree(source, [path for path in list_files(source) if path.startswith(("conversion/", "gguf-py/"))])
-    (change,) = (diff for diff in request.patch.diffs if diff.path.startswith("conversion/"))
+    (change,) = (diff for diff in fix.diffs if diff.path.startswith("conversion/"))
     apply(tree, change)
     tree.write_to(folder)
     return folder
 
 
 @pytest.mark.full
-def test_the_converter_writes_yarn_as_convert_kimi_does(tmp_path: Path, fixed_converter: Path) -> None:
+def test_the_converter_writes_yarn_as_convert_kimi_does(tmp_path: Path) -> None:
     """0029-ling-yarn-mscale. That these keys give transformers' logits is tested in test_convert_ling3_runs.py."""
     jobs = []
     for number, extra in enumerate(CONVERTED):
@@ -99,7 +116,7 @@ def test_the_converter_writes_yarn_as_convert_kimi_does(tmp_path: Path, fixed_co
         }
         source = write_checkpoint(tmp_path / f"{number}", LingSpec("KM", 2, yarn=tuple(yarn.items())))
         jobs.append(Job(source, tmp_path / f"{number}.gguf", "BF16"))
-    upstream_convert(jobs, fixed_converter)
+    upstream_convert(jobs, fixed_converter(tmp_path / "llama.cpp", "0029"))
     for job, extra in zip(jobs, CONVERTED, strict=True):
         ours = tmp_path / "ours.gguf"
         assert convert(job.source, "-o", ours, "--force").status == 0
@@ -117,10 +134,18 @@ def scaling(model: Path) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in keys.items()}
 
 
-def test_the_gate_bound_of_glm(tmp_path: Path) -> None:
-    """0033-glm-gate-bound: its test for upstream, of the converter, fails without it and passes with it."""
-    (request,) = select(load_pull_requests(load_series()), ["33"])
-    assert prove(request, upstream_source() / "llama.cpp", tmp_path) is None
+@pytest.mark.parametrize(
+    ("gate", "bound"),
+    [({}, -5.0), ({"gate_lower_bound": -3.0}, -3.0), ({"gate_lower_bound": None, "safe_gate": False}, None)],
+)
+def test_the_gate_bound_of_glm(gate: dict[str, object], bound: float | None, tmp_path: Path) -> None:
+    """0033-glm-gate-bound: the converter writes the reference's default."""
+    folder = fixed_converter(tmp_path, "0033")
+    done = subprocess.run(
+        [sys.executable, "-c", GLM_BOUND, json.dumps(gate)], capture_output=True, text=True,
+        env={"PYTHONPATH": f"{folder}:{folder / 'gguf-py'}"},
+    )  # fmt: skip
+    assert done.stdout.split() == [str(bound)], done.stderr
 
 
 def test_betas_of_yarn_in_the_wrong_order_are_refused(tmp_path: Path, engine: Engine) -> None:

@@ -25,7 +25,7 @@ UPSTREAM_HEADERS = (
     "ggml/include", "ggml/src", "ggml/src/ggml-cpu", "ggml/src/ggml-metal",
     "include", "src", "common", "tools/mtmd", "tools/server", "vendor",
 )  # fmt: skip
-SUFFIXES = {".c", ".cpp", ".h", ".hpp"}
+SUFFIXES = {".c", ".cpp", ".h", ".hpp", ".metal"}  # the last: arguments of kernels, which the host includes
 
 
 @pytest.fixture(scope="module")
