@@ -210,24 +210,49 @@ WEIGHT = "blk.0.ffn_down"
 
 
 @pytest.fixture(scope="module")
-def adapter(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA adapter that changes the answers: random matrices for a weight of the first layer."""
+def adapters(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """LoRA adapters that change the answers: random matrices for a weight of the first layer."""
     model = GGUFReader(gguf)
     (weight,) = (tensor for tensor in model.tensors if tensor.name == f"{WEIGHT}.weight")
     inputs, outputs = (int(size) for size in weight.shape)
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("adapter") / "adapter.gguf"
-    writer = GGUFWriter(path, "kimi-linear")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 4.0)
-    writer.add_tensor(f"{WEIGHT}.weight.lora_a", rng.standard_normal((4, inputs), np.float32))
-    writer.add_tensor(f"{WEIGHT}.weight.lora_b", rng.standard_normal((outputs, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    paths = [tmp_path_factory.mktemp("adapter") / f"adapter{seed}.gguf" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        rng = np.random.default_rng(seed)
+        writer = GGUFWriter(path, "kimi-linear")
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 4.0)
+        writer.add_tensor(f"{WEIGHT}.weight.lora_a", rng.standard_normal((4, inputs), np.float32))
+        writer.add_tensor(f"{WEIGHT}.weight.lora_b", rng.standard_normal((outputs, 4), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+@pytest.fixture(scope="module")
+def adapter(adapters: list[Path]) -> Path:
+    return adapters[0]
+
+
+def test_adapters_change_between_requests_of_several_slots(
+    tmp_path: Path, engine: Engine, gguf: Path, adapters: list[Path]
+) -> None:
+    """With the prompt cache, each answer is that of a server which always has these scales."""
+    scales = [(1.0, 0.0), (0.0, 1.0), (0.5, -1.0), (0.0, 0.0)]
+    expected = {}
+    for scale in scales:
+        given = ",".join(f"{path}:{factor}" for path, factor in zip(adapters, scale, strict=True))
+        with serving(engine, tmp_path, gguf, "-np", "1", "--lora-scaled", given) as server:
+            expected[scale] = [logprobs(server, prompt, cache_prompt=False) for prompt in LONG[:2]]
+    assert len({str(answers) for answers in expected.values()}) == len(scales)
+    loaded = ",".join(map(str, adapters))
+    with serving(engine, tmp_path, gguf, "-np", "2", "--lora", loaded, "--lora-init-without-apply") as server:
+        for scale in (*scales, *reversed(scales), scales[2], scales[0]):
+            for number, prompt in enumerate(LONG[:2]):
+                lora = [{"id": id, "scale": factor} for id, factor in enumerate(scale)]
+                assert logprobs(server, prompt, lora=lora) == expected[scale][number]
 
 
 def test_states_of_an_adapter_are_not_continued_without_it(
@@ -261,7 +286,7 @@ def test_a_saved_slot_knows_its_adapters(tmp_path: Path, engine: Engine, gguf: P
     with serving(engine, tmp_path, gguf, *options) as server:
         with pytest.raises(urllib.error.HTTPError):
             server.slot("restore")
-        assert "the LoRA adapter adapter.gguf" in server.log.read_text()
+        assert "the LoRA adapter adapter0.gguf" in server.log.read_text()
         server.complete(LONG[0], COUNT, cache_prompt=True)
         server.slot("save")
     with serving(engine, tmp_path, gguf, *options, *lora) as server:
