@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_script import WORKER, Logits, Setup, Step, decode, remove, text
+from llama_script import WORKER, Logits, Setup, Step, adapters, decode, remove, text
+from random_adapter import is_matrix, shapes, write_adapter
 
 from kimi_gguf.bench.models import generate
 from kimi_gguf.bench.shapes import BenchModel
@@ -187,6 +188,24 @@ def test_verified_drafts(slots: Slots, alone: Logits, others: int) -> None:
         *(tokens(slot, length(slot), 1 + slot % 4) for slot in OTHERS[:others]),
     )
     assert_equal_bits(slots.logits(), alone)
+
+
+@pytest.mark.parametrize("count", [1, 23])
+def test_other_sequences_with_an_adapter(engine: Engine, tmp_path: Path, count: int) -> None:
+    """Of all matrices, so that latent attention is absorbed for prompts too."""
+    model = MODELS[3]
+    gguf = small_model(model[0], engine)
+    names = [name for name, shape in shapes(gguf).items() if is_matrix(name, shape)]
+    active = adapters({write_adapter(tmp_path / "adapter.gguf", gguf, names).file: 1.0})
+    for slots in slots_of(engine, model):
+        without = _alone(slots)
+        slots.step(active)
+        alone = _alone(slots)
+        slots.begin()
+        slots.prompts([SUBJECT, *OTHERS[:count]])
+        slots.generate(OTHERS[:count])
+        assert_equal_bits(slots.logits(), alone)
+        assert nmse(without, alone) > 0.01
 
 
 @pytest.fixture(scope="module")
