@@ -18,6 +18,7 @@ import pytest
 from family_reference import mtp_logits, reference_of_family
 from llama_server import Answer, Server, serving, started
 from mtp_models import SPEC, Circle, write_circle
+from random_adapter import is_matrix, shapes, write_adapter
 from random_checkpoint import VOCAB_SIZE, Spec
 from speculation import without_replay
 from synthetic_case import error_of, make_gguf
@@ -94,6 +95,19 @@ def test_four_slots_write_what_each_would_alone(
         got = [answer for _ in range(3) for answer in server.complete_together(PROMPTS, COUNT)]
         assert [a.ids for a in got] == plain[name] * 3
         assert server.account(len(got)) == without_replay(got, accepts=name != "never")
+
+
+def test_drafts_with_an_adapter(
+    engine: Engine, models: dict[str, Path], plain: dict[str, list[tuple[int, ...]]], tmp_path: Path
+) -> None:
+    """Of all matrices, also of the MTP layer."""
+    model = models["often"]
+    names = [name for name, shape in shapes(model).items() if is_matrix(name, shape)]
+    lora = ["--lora", str(write_adapter(tmp_path / "adapter.gguf", model, names).file)]
+    expected = [answer.ids for answer in answers(engine, tmp_path, model, *lora)]
+    got = answers(engine, tmp_path, model, *lora, *drafting())
+    assert [answer.ids for answer in got] == expected
+    assert all(answer.timings["draft_n"] for answer in got) and expected != plain["often"]
 
 
 def log_probabilities(
