@@ -8,7 +8,7 @@ layout that the header of patch 0071 describes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,20 +61,32 @@ def random_pair(name: str, shape: tuple[int, ...], random: np.random.Generator) 
     return pair[0].astype(np.float32), pair[1].astype(np.float32)
 
 
-def write_adapter(file: Path, model: Path, names: Iterable[str], seed: int = 0) -> Adapter:
-    """Write an adapter of these tensors of the model. A tensor that the model does not have is one [8, 8]."""
+def write_adapter(
+    file: Path, model: Path, names: Iterable[str], seed: int = 0, invocation: Sequence[int] = ()
+) -> Adapter:
+    """Write an adapter of these tensors of the model. A tensor that the model does not have is one [8, 8]. invocation:
+    the tokens from which on an aLoRA is active."""
     random, known = np.random.default_rng(seed), shapes(model)
     pairs = {name: random_pair(name, known.get(name, (8, 8)), random) for name in names}
     architecture = gguf.GGUFReader(model).fields["general.architecture"].contents()
-    return Adapter(write_pairs(file, architecture, pairs), pairs)
+    return Adapter(write_pairs(file, architecture, pairs, invocation), pairs)
 
 
-def write_pairs(file: Path, architecture: str, pairs: Mapping[str, tuple[Matrix, Matrix]]) -> Path:
+def write_pairs(
+    file: Path, architecture: str, pairs: Mapping[str, tuple[Matrix, Matrix]], invocation: Sequence[int] = ()
+) -> Path:
     """Write pairs (lora_a, lora_b) as an adapter."""
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", ALPHA)
+    if invocation:
+        writer.add_key_value(
+            "adapter.alora.invocation_tokens",
+            list(invocation),
+            gguf.GGUFValueType.ARRAY,
+            gguf.GGUFValueType.UINT32,
+        )
     for name, (a, b) in pairs.items():
         writer.add_tensor(f"{name}.lora_a", a)
         writer.add_tensor(f"{name}.lora_b", b)
