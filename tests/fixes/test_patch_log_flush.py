@@ -35,3 +35,17 @@ def output_with_a_slow_log(engine: Engine, folder: Path) -> str:
 
 def test_text_still_queued_at_the_end_is_written(tmp_path: Path, engine: Engine) -> None:
     assert output_with_a_slow_log(engine, tmp_path).startswith(PROMPT)
+
+
+FREED = """
+import ctypes, sys
+common = ctypes.CDLL(sys.argv[1])
+common._Z15common_log_mainv.restype = ctypes.c_void_p
+common._Z15common_log_freeP10common_log(ctypes.c_void_p(common._Z15common_log_mainv()))
+"""
+
+
+def test_a_log_that_was_freed_is_not_flushed(engine: Engine) -> None:
+    """As in upstream's test-log, which would never end."""
+    command = [sys.executable, "-c", FREED, str(engine.lib / "libllama-common.so")]
+    assert subprocess.run(command, env=engine.environment(), timeout=60).returncode == 0
