@@ -95,20 +95,43 @@ class _Matrix:
         rows, columns = (1 if size is None else -(-n // size) for n, size in sizes)
         return rows, columns
 
+    def reads(self, first: int, count: int) -> tuple[tuple[_Part, int, int], ...]:
+        """What is read for rows of all matrices, one after the other: part, first element, number of elements."""
+        words, width, per_word = self.elements.tensor.shape[-1], self.grid[1], 32 // self.form.bits
+        low, last = map(int, self._block_rows(np.array([first, first + count - 1])))
+        end = last + 1
+        found = [
+            (self.elements, first * words, count * words),
+            (self.scales, low * width, (end - low) * width),
+        ]
+        if self.zeros is not None:
+            if self.form.elements == PACKED:  # packed along the rows of blocks
+                low, end = low // per_word, -(-end // per_word)
+            found.append((self.zeros, low * width, (end - low) * width))
+        if self.whole is not None:
+            found.append((self.whole, 0, 1))
+        return tuple(found)
+
     def rows(self, first: int, count: int) -> Values:
         """Rows of all matrices, one after the other: [count, columns]."""
-        columns = self.shape[-1]
-        words = self.elements.tensor.shape[-1]
-        stored = self.elements.file.read(self.elements.name, first * words, count * words).reshape(
-            count, words
-        )
-        out = self._codes(stored, columns)
-        blocks = self._block_rows(first, count)
+        columns, width = self.shape[-1], self.grid[1]
+        blocks = self._block_rows(np.arange(first, first + count))
+        (elements, *place), (scales, *scales_place), *others = self.reads(first, count)
+        out = self._codes(elements.file.read(elements.name, *place).reshape(count, -1), columns)
+        factors = scales.floats(*scales_place).reshape(-1, width)
         if self.zeros is not None:
-            out -= self._spread(self._zeros(blocks), columns)
-        scales = self._scales(blocks)
-        with np.errstate(over="ignore", invalid="ignore"):
-            out *= self._spread(scales, columns)
+            zeros, at, size = others.pop(0)
+            stored = zeros.file.read(zeros.name, at, size).reshape(-1, width)
+            offset = blocks[0]
+            if self.form.elements == PACKED:
+                stored = _unpacked(np.ascontiguousarray(stored.T), self.form.bits).T
+                offset = at // width * (32 // self.form.bits)
+            out -= self._spread(np.asarray(stored, np.float32)[blocks - offset], columns)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            if self.whole is not None:
+                factor = others[0][0].floats(0, 1)
+                factors = factors / factor if self.form.divides else factors * factor
+            out *= self._spread(factors[blocks - blocks[0]], columns)
         return out
 
     def _codes(self, stored: npt.NDArray[Any], columns: int) -> Values:
@@ -119,31 +142,11 @@ class _Matrix:
             return np.asarray(mxfp4.PAIRS[stored.view(np.uint8)].reshape(len(stored), -1))
         return np.asarray(_unpacked(stored, form.bits)[:, :columns])
 
-    def _block_rows(self, first: int, count: int) -> npt.NDArray[np.int64]:
+    def _block_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The row of blocks of each row."""
         height = self.form.block[0]
-        matrix, row = np.divmod(np.arange(first, first + count), self.shape[-2])
+        matrix, row = np.divmod(rows, self.shape[-2])
         return matrix * self.grid[0] + (0 if height is None else row // height)
-
-    def _scales(self, blocks: npt.NDArray[np.int64]) -> Values:
-        low, width = int(blocks[0]), self.grid[1]
-        scales = self.scales.floats(low * width, (int(blocks[-1]) + 1 - low) * width).reshape(-1, width)
-        if self.whole is not None:
-            factor = self.whole.floats(0, 1)
-            with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-                scales = scales / factor if self.form.divides else scales * factor
-        return scales[blocks - low]
-
-    def _zeros(self, blocks: npt.NDArray[np.int64]) -> Values:
-        """Zero points; packed ones along the rows of blocks."""
-        assert self.zeros is not None
-        width, per_word = self.grid[1], 32 // self.form.bits
-        if self.form.elements == INT8:
-            stored = self.zeros.file.read(self.zeros.name, 0, self.zeros.tensor.size)
-            return stored.astype(np.float32).reshape(-1, width)[blocks]
-        low, high = int(blocks[0]) // per_word, int(blocks[-1]) // per_word + 1
-        words = self.zeros.file.read(self.zeros.name, low * width, (high - low) * width).reshape(-1, width)
-        return _unpacked(np.ascontiguousarray(words.T), self.form.bits).T[blocks - low * per_word]
 
     def _spread(self, blocks: Values, columns: int) -> Values:
         """[rows, blocks] -> [rows, columns], or what numpy broadcasts to it."""
@@ -188,27 +191,29 @@ class DecodedFile:
         matrix = self._matrices.get(name)
         if matrix is None:
             return self._file.read(name, first, count)
+        reads = self._reads(matrix, first, count)
         if matrix.in_blocks:
-            packed, scales = (
-                part.file.read(part.name, first // per, count // per)
-                for part, per in ((matrix.elements, 2), (matrix.scales, mxfp4.GROUP))
-            )
+            packed, scales = (part.file.read(part.name, at, size) for part, at, size in reads)
             return mxfp4.blocks(packed.view(np.uint8), scales)
         columns = matrix.shape[-1]
         row, end = first // columns, -(-(first + count) // columns)
         return matrix.rows(row, end - row).reshape(-1)[first - row * columns :][:count]
 
     def spans(self, name: str, first: int, count: int) -> Iterator[tuple[Source, int, int]]:
-        """Where the elements and scales of a range are stored."""
+        """Where what `read` reads for this range is stored."""
         matrix = self._matrices.get(name)
         if matrix is None:
             yield from self._file.spans(name, first, count)
             return
-        size = math.prod(matrix.shape)
-        for part in (matrix.elements, matrix.scales):
-            stored = part.tensor.size
-            begin, end = first * stored // size, -(-(first + count) * stored // size)
-            yield from part.file.spans(part.name, begin, end - begin)
+        for part, at, size in self._reads(matrix, first, count):
+            yield from part.file.spans(part.name, at, size)
+
+    def _reads(self, matrix: _Matrix, first: int, count: int) -> tuple[tuple[_Part, int, int], ...]:
+        if matrix.in_blocks:
+            parts = (matrix.elements, 2), (matrix.scales, mxfp4.GROUP)
+            return tuple((part, first // per, count // per) for part, per in parts)
+        row, end = first // matrix.shape[-1], -(-(first + count) // matrix.shape[-1])
+        return matrix.reads(row, end - row)
 
     def identity(self) -> bytes:
         """As of a `SafetensorsFile`."""
@@ -266,7 +271,7 @@ def _matrix(
     zeros, whole = part("_zero_point") if form.zeros else None, part(form.whole) if form.whole else None
     in_blocks = form.mxfp4 and bool(EXPERT.fullmatch(base.removesuffix(".weight")))
     matrix = _Matrix(form, (*outer, words * per), in_blocks, elements, scales, zeros, whole)
-    if len(outer) not in (1, 2):
+    if len(outer) not in (1, 2) or (len(outer) == 2 and form.zeros):
         raise _wrong(elements, "a matrix", list(elements.tensor.shape))
     if elements.tensor.dtype not in _ELEMENTS[form.elements]:
         raise _wrong(elements, f"dtype {' or '.join(_ELEMENTS[form.elements])}", elements.tensor.dtype)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -28,13 +29,15 @@ from hub_server import COMMIT, TOKEN, Answer, Asked, FakeHub, Fault, repository,
 from random_checkpoint import Spec
 from random_k3 import K3Spec
 from random_k3 import write_checkpoint as write_k3
+from test_convert_forms import FORMS, write
 
-from kimi_gguf.convert.output import unfinished
+from kimi_gguf.convert.output import stream, unfinished
 from kimi_gguf.convert.source import read_ahead, remote
 from kimi_gguf.convert.source.hub import HubId
 
 SPEC = Spec(layers="KM", hidden=128, experts=8, seed=50)
 DEMO, TINY, K3 = "kimi/demo", "org/Tiny-Kimi", "org/Tiny-K3"
+QUANTIZED = ("org/fp8-blocks", "org/int4-zeros", "org/nvfp4")
 K3_SPEC = K3Spec(layers="KM", experts=6, latent=256, moe_intermediate=8192)  # experts of 1.1 MB
 SHARD = "model-00002-of-00002.safetensors"
 KEPT = {".x.gguf.unfinished"}
@@ -44,11 +47,16 @@ KEPT = {".x.gguf.unfinished"}
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both checkpoints in the layout of a cache on disk."""
     cache = tmp_path_factory.mktemp("cache")
-    paths = {name: f"models--{name.replace('/', '--')}/snapshots/{COMMIT}" for name in (DEMO, TINY, K3)}
+    paths = {
+        name: f"models--{name.replace('/', '--')}/snapshots/{COMMIT}" for name in (DEMO, TINY, K3, *QUANTIZED)
+    }
     found = {name: cache / path for name, path in paths.items()}
     shutil.copytree(Path(__file__).parents[2] / "demo", found[DEMO])
     fresh_checkpoint(found[TINY], SPEC)
     write_k3(found[K3], K3_SPEC, shards=2)
+    for name in QUANTIZED:
+        quantized, _ = write(tmp_path_factory.mktemp("form"), FORMS[name.removeprefix("org/")], "kimi")
+        shutil.copytree(quantized, found[name])
     return found
 
 
@@ -177,6 +185,27 @@ def test_packed_experts_are_fetched_whole(hub: FakeHub, out: Path, expected: dic
     shared = 3  # matrices of the shared experts are larger
     assert sum(size >= expert for size in sizes) == 3 * K3_SPEC.experts + shared
     assert sum(1000 < size < expert for size in sizes) < 40
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_weights_are_fetched_once(
+    name: str, hub: FakeHub, out: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks of some rows, of which several share a row of scales. What is read is what was announced: any other
+    range would make all that is announced come at once."""
+    take, missed = read_ahead.ReadAhead.take, []
+
+    def recorded(ahead: Any, *wanted: Any) -> Any:
+        content = take(ahead, *wanted)
+        if content is None and ahead._pool is not None:
+            missed.append(wanted)
+        return content
+
+    monkeypatch.setattr(stream, "CHUNK_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(read_ahead.ReadAhead, "take", recorded)
+    assert_converts(name, out, expected)
+    assert not missed
+    assert hub.served() < 1.25 * weight_bytes(hub, name) + 100_000
 
 
 # (server, change, number of changed answers, number of unchanged ones before them, paths)
