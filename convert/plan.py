@@ -214,8 +214,8 @@ def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTe
             f"{len(rounded)} gate parameters are not F32 as in the published model; they were rounded "
             f"when this checkpoint was saved: {', '.join(rounded[:2])}{', ...' if len(rounded) > 2 else ''}"
         )
-    if checkpoint.doubles:
-        yield f"{checkpoint.doubles} tensors are F64 in the checkpoint and were rounded to float32"
+    if doubles := checkpoint.doubles:
+        yield f"{doubles} tensors are F64 in the checkpoint and were rounded to float32"
     if checkpoint.has_unused_head:
         yield "tie_word_embeddings is true: the output is the embedding, and the stored output matrix is left out"
     yield from model_notes(config)

@@ -1,7 +1,7 @@
 """How many processors and how much memory this process may use: of the machine, of its cgroups, of its own limits.
 
 Input: /proc and /sys. Output: numbers, each with the limit that decided it. The engine reads the same limits of memory
-(patches/fixes/0073-memory-within-limits.patch).
+(patches/fixes/0027-copies-without-room.patch).
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ _MEMORY = (
     ("memory.max", "memory.current", ""),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
-_RECLAIMABLE = (
-    "inactive_file",
-    "active_file",
-)  # the page cache: it counts as used, and makes room when needed
+# The page cache: it counts as used, and makes room when needed.
+_RECLAIMABLE = ("inactive_file", "active_file")
 _NO_OVERCOMMIT = 2  # of vm.overcommit_memory
 
 

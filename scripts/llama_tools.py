@@ -316,12 +316,9 @@ def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     if tool.drafted is not None and options & {*_DRAFT, _KIND}:
         program = tool.drafted
         defaults = (*tool.without(_NO_CONVERSATION).defaults, _SPECULATE)
-    added = [
-        word.format(cores=cores(), ubatch=_ubatch(model, given))
-        for default in defaults
-        if not options & set(default.options) and not os.environ.get(default.variable)
-        for word in default.arguments
-    ]
+    chosen = [d for d in defaults if not options & set(d.options) and not os.environ.get(d.variable)]
+    values = {"cores": cores(), "ubatch": _ubatch(model, given) if _UBATCH in chosen else 0}
+    added = [word.format(**values) for default in chosen for word in default.arguments]
     return [program, "--model", str(model), *added, *given]
 
 

@@ -14,8 +14,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
-from kimi_gguf.convert.source.safetensors_file import Dtype
+from kimi_gguf.convert.source.checkpoint import Checkpoint
+from kimi_gguf.convert.source.safetensors_file import Dtype, to_float32
 
 GROUP: Final = 32  # elements with one scale
 BLOCK_BYTES: Final = 1 + GROUP // 2  # of ggml's block_mxfp4

@@ -28,8 +28,8 @@ from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, hub_shapes, places_of
 from kimi_gguf.convert.model.layouts import Place
 from kimi_gguf.convert.source.byte_source import LocalFile
-from kimi_gguf.convert.source.checkpoint import INDEX, SINGLE, Checkpoint, to_float32
-from kimi_gguf.convert.source.safetensors_file import FLOATS, Dtype, SafetensorsFile
+from kimi_gguf.convert.source.checkpoint import INDEX, SINGLE, Checkpoint
+from kimi_gguf.convert.source.safetensors_file import FLOATS, Dtype, SafetensorsFile, to_float32
 
 WEIGHTS: Final = "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."

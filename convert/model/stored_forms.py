@@ -53,12 +53,7 @@ class Form:
         return f"{self.kind} with a scale per {where or f'{rows} x {columns} elements'}"
 
 
-@dataclass(frozen=True)
-class Forms:
-    """The forms of a checkpoint. of: the form of a module by its name, None if it is not quantized."""
-
-    method: str
-    of: Callable[[str], Form | None]
+Forms = Callable[[str], Form | None]  # of a module by its name; None if it is not quantized
 
 
 def read_forms(keys: Keys) -> Forms | None:
@@ -71,7 +66,7 @@ def read_forms(keys: Keys) -> Forms | None:
     if method not in _METHODS:
         name = _OTHERS.get(method, method) if isinstance(method, str) else method
         raise keys.fail(f"{CONFIG}.quant_method", " or ".join(map(repr, _METHODS)), name, _TODO)
-    return Forms(str(method), _METHODS[method](_Reader(keys, CONFIG, config)))
+    return _METHODS[method](_Reader(keys, CONFIG, config))
 
 
 @dataclass(frozen=True)
@@ -106,23 +101,26 @@ class _Reader:
             )
         )
 
+    def block(self, name: str, optional: bool = False) -> tuple[int, int] | None:
+        """Rows and columns of a block."""
+
+        def holds(value: Any) -> bool:
+            sizes = isinstance(value, list) and len(value) == 2
+            return (optional and value is None) or (sizes and all(type(n) is int and n > 0 for n in value))
+
+        sizes = self.get(name, "two sizes, or nothing" if optional else "two sizes", holds)
+        return (sizes[0], sizes[1]) if sizes else None
+
     def object(self, name: str) -> _Reader:
         return _Reader(
             self.keys, f"{self.where}.{name}", self.get(name, "an object", lambda v: isinstance(v, Mapping))
         )
 
 
-def _fp8(config: _Reader) -> Callable[[str], Form | None]:
+def _fp8(config: _Reader) -> Forms:
     config.one_of("fmt", "e4m3", None)
-    block = config.get(
-        "weight_block_size",
-        "two sizes, or nothing",
-        lambda v: (
-            v is None or (isinstance(v, list) and len(v) == 2 and all(type(n) is int and n > 0 for n in v))
-        ),
-    )
     # without blocks transformers writes a scale of the whole matrix
-    form = Form(FP8, 8, "", "_scale_inv", tuple(block) if block else (None, None))
+    form = Form(FP8, 8, "", "_scale_inv", config.block("weight_block_size", optional=True) or (None, None))
     experts = None
     if config.one_of("routed_experts_quant_method", None, "mxfp4", "fp8") == "mxfp4":
         group = config.size("routed_experts_group_size")
@@ -138,7 +136,7 @@ def _fp8(config: _Reader) -> Callable[[str], Form | None]:
     return of
 
 
-def _compressed(config: _Reader) -> Callable[[str], Form | None]:
+def _compressed(config: _Reader) -> Forms:
     for name in ("kv_cache_scheme", "transform_config"):
         config.get(name, "nothing", lambda value: not value)
     config.get("sparsity_config", "nothing", lambda value: not value or value == {"format": "dense"})
@@ -163,12 +161,11 @@ def _compressed(config: _Reader) -> Callable[[str], Form | None]:
         best = max((number for number, _ in ranked), default=0)
         return next((form for number, form in ranked if number == best), None) if best else None
 
-    for _, patterns in [*((None, targets) for targets, _ in found), (None, ignored)]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-            except re.error as error:
-                raise config.keys.fail(CONFIG, "patterns of names", pattern, str(error)) from None
+    for target in [*ignored, *(target for targets, _ in found for target in targets)]:
+        try:
+            re.compile(target[3:] if target.startswith("re:") else "")
+        except re.error as error:
+            raise config.keys.fail(CONFIG, "patterns of names", target, str(error)) from None
     return of
 
 
@@ -184,12 +181,7 @@ def _weights(weights: _Reader, format: object) -> Form:
     if strategy in ("group", "tensor_group"):
         block = (1, weights.size("group_size"))
     elif strategy == "block":
-        sizes = weights.get(
-            "block_structure",
-            "two sizes",
-            lambda v: isinstance(v, list) and len(v) == 2 and all(type(n) is int and n > 0 for n in v),
-        )
-        block = (sizes[0], sizes[1])
+        block = weights.block("block_structure") or block
     forms = {
         ("pack-quantized", "int"): Form(PACKED, bits, "_packed", "_scale", block, zeros=not symmetric),
         ("int-quantized", "int"): Form(INT8, 8, "", "_scale", block, zeros=not symmetric),
@@ -209,7 +201,7 @@ def _weights(weights: _Reader, format: object) -> Form:
     return form
 
 
-def _modelopt(config: _Reader) -> Callable[[str], Form | None]:
+def _modelopt(config: _Reader) -> Forms:
     algorithm = config.one_of("quant_algo", "FP8", "NVFP4")
     config.one_of("kv_cache_quant_algo", None)
     form = Form(FP8, 8, "", "_scale", (None, None))

@@ -203,11 +203,9 @@ def chat_template(folder: Path, settings: dict[str, Any], settings_path: Path) -
             todo = "write the one to use into chat_template.jinja"
             raise ConvertError(where, expected='a template with the name "default"', found=found, todo=todo)
         template = named["default"]
-    return (
-        None
-        if template is None
-        else parsed(checked_text(template, where), str(file if file.exists() else where))
-    )
+    if template is None:
+        return None
+    return parsed(checked_text(template, where), str(file if file.exists() else where))
 
 
 def parsed(template: str, where: str) -> str:

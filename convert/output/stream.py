@@ -20,8 +20,8 @@ import numpy as np
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.tensor_table import PlannedTensor, Transform
 from kimi_gguf.convert.plan import Plan
-from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
-from kimi_gguf.convert.source.safetensors_file import Dtype
+from kimi_gguf.convert.source.checkpoint import Checkpoint
+from kimi_gguf.convert.source.safetensors_file import Dtype, to_float32
 from kimi_gguf.convert.types.encode import BadValueError, Stored, check, encode
 from kimi_gguf.convert.types.ggml import Ggml, load
 from kimi_gguf.engine.limits import available_memory

@@ -25,6 +25,7 @@ from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, hub_shapes, places_of, read_config
 from kimi_gguf.convert.model.generation import GENERATION
 from kimi_gguf.convert.model.layouts import Place
+from kimi_gguf.convert.model.stored_forms import CONFIG as QUANTIZATION
 from kimi_gguf.convert.model.stored_forms import Form
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
@@ -44,15 +45,14 @@ from kimi_gguf.convert.source.safetensors_file import (
     Dtype,
     SafetensorsFile,
     plain_name,
+    to_float32,
 )
 from kimi_gguf.engine.path_check import shortened
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
-MODELOPT: Final = (
-    "hf_quant_config.json"  # what ModelOpt writes next to it, in older versions instead of a key there
-)
+MODELOPT: Final = "hf_quant_config.json"  # of ModelOpt; see `_config`
 _FEW_TENSORS: Final = 21_000  # whose memory is not counted
 _TENSOR_BYTES: Final = 1200  # memory of each further one, measured with half a million
 WINDOW_BYTES: Final = 7 << 20  # of a tensor in MXFP4 that are prefetched together; less than a request
@@ -276,16 +276,6 @@ class Checkpoint:
         return to_float32(self.elements(name, 0, math.prod(shape)), self.dtype(name)).reshape(shape)
 
 
-def to_float32(values: npt.NDArray[Any], dtype: Dtype) -> npt.NDArray[np.float32]:
-    """Stored elements as float32; exact, because float32 has every F16, BF16 and MXFP4 number. Blocks of MXFP4
-    [..., 17 n] become elements [..., 32 n]."""
-    if dtype is Dtype.BF16:
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype is Dtype.MXFP4:
-        return mxfp4.values(values)
-    return values.astype(np.float32, copy=False)
-
-
 @dataclass(frozen=True)
 class _Root:
     """Where a checkpoint is."""
@@ -308,15 +298,7 @@ def open_checkpoint(source: Path | str, mtp: bool = True) -> Iterator[Checkpoint
     Raises `ConvertError`, naming file and tensor, for anything missing, damaged, duplicate or unexpected.
     """
     root = _find(source)
-    config_file = root.folder / CONFIG
-    data = read_object(config_file)
-    if "quantization_config" not in data and (root.folder / MODELOPT).is_file():
-        found = read_object(root.folder / MODELOPT).get("quantization")
-        data["quantization_config"] = {
-            "quant_method": "modelopt",
-            **(found if isinstance(found, dict) else {}),
-        }
-    config = read_config(data, str(config_file))
+    config = _config(root.folder)
     with ExitStack() as stack:
         files = {root.path / name: stack.enter_context(root.open(name)) for name in root.names}
         where: dict[str, PurePath] = {}
@@ -341,6 +323,18 @@ def open_checkpoint(source: Path | str, mtp: bool = True) -> Iterator[Checkpoint
         yield checkpoint
 
 
+def _config(folder: Path) -> ModelConfig:
+    """The config, with what ModelOpt's older versions write next to it."""
+    data = read_object(folder / CONFIG)
+    if QUANTIZATION not in data and (folder / MODELOPT).is_file():
+        described = read_object(folder / MODELOPT).get("quantization")
+        data[QUANTIZATION] = {
+            "quant_method": "modelopt",
+            **(described if isinstance(described, dict) else {}),
+        }
+    return read_config(data, str(folder / CONFIG))
+
+
 def _check_floats(files: Mapping[PurePath, SafetensorsFile], where: Mapping[str, PurePath]) -> None:
     """Raise `ConvertError` for quantized weights that the config does not describe."""
     for name, path in where.items():
@@ -349,7 +343,7 @@ def _check_floats(files: Mapping[PurePath, SafetensorsFile], where: Mapping[str,
                 f"{path}: {name!r}",
                 expected=f"dtype {', '.join(FLOATS)}",
                 found=dtype,
-                todo=f"{CONFIG} has no quantization_config that describes it: use that of the original checkpoint",
+                todo=f"{CONFIG} has no {QUANTIZATION} that describes it: use that of the original checkpoint",
             )
 
 

@@ -22,19 +22,22 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.stored_forms import CONFIG, E2M1, EXPERT, FP8, INT8, PACKED, Form, Forms
 from kimi_gguf.convert.source import mxfp4
 from kimi_gguf.convert.source.byte_source import Source
-from kimi_gguf.convert.source.safetensors_file import DOUBLE, SafetensorsFile, StoredTensor
+from kimi_gguf.convert.source.safetensors_file import (
+    DOUBLE,
+    SCALES,
+    Dtype,
+    SafetensorsFile,
+    StoredTensor,
+    to_float32,
+)
 
 Values = npt.NDArray[np.float32]
 
 _ELEMENTS: Final = {FP8: ("F8_E4M3",), INT8: ("I8",), PACKED: ("I32",), E2M1: ("U8", "I8")}
 _FLOATS: Final = ("F32", "BF16", "F16")
-_EXPONENTS: Final = ("F8_E8M0", "U8")
 _PART: Final = re.compile(r"_(scale|scale_inv|scale_2|zero_point|global_scale|shape)$")  # not the elements
-_UNUSED: Final = (
-    "input_scale",
-    "input_global_scale",
-    "weight_shape",
-)  # of activations, and what the elements' shape says
+# Of activations, and what the shape of the elements says.
+_UNUSED: Final = ("input_scale", "input_global_scale", "weight_shape")
 _TODO: Final = "the checkpoint is damaged, or its config is of another one"
 
 
@@ -48,7 +51,6 @@ def _e4m3() -> Values:
 
 
 _E4M3: Final = _e4m3()
-_E8M0: Final = np.append(np.ldexp(np.ones(255), np.arange(255) - 127), np.nan).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,16 @@ class _Part:
     def tensor(self) -> StoredTensor:
         return self.file.tensors[self.name]
 
+    def read(self, first: int, count: int) -> npt.NDArray[Any]:
+        """Elements as stored."""
+        return self.file.read(self.name, first, count)
+
     def floats(self, first: int, count: int) -> Values:
         """Elements of a tensor of scales."""
-        stored, dtype = self.file.read(self.name, first, count), self.tensor.dtype
-        if dtype == "BF16":
-            return np.asarray((stored.astype(np.uint32) << np.uint32(16)).view(np.float32))
-        if dtype in _EXPONENTS:
-            stored = _E8M0[stored]
-        return np.asarray(_E4M3[stored] if dtype == "F8_E4M3" else stored, np.float32)
+        stored, dtype = self.read(first, count), self.tensor.dtype
+        if dtype in _FLOATS:
+            return to_float32(stored, Dtype(dtype))
+        return np.asarray((_E4M3 if dtype == FP8 else mxfp4.SCALES)[stored])
 
 
 @dataclass(frozen=True)
@@ -96,43 +100,53 @@ class _Matrix:
         return rows, columns
 
     def reads(self, first: int, count: int) -> tuple[tuple[_Part, int, int], ...]:
-        """What is read for rows of all matrices, one after the other: part, first element, number of elements."""
+        """What is read for a range of elements, in the order of `parts`: part, first element, number of elements."""
+        if self.in_blocks:
+            halves, groups = (self.elements, 2), (self.scales, mxfp4.GROUP)
+            return tuple((part, first // per, count // per) for part, per in (halves, groups))
+        row, rows = self._rows(first, count)
         words, width, per_word = self.elements.tensor.shape[-1], self.grid[1], 32 // self.form.bits
-        low, last = map(int, self._block_rows(np.array([first, first + count - 1])))
+        low, last = map(int, self._block_rows(np.array([row, row + rows - 1])))
         end = last + 1
-        found = [
-            (self.elements, first * words, count * words),
-            (self.scales, low * width, (end - low) * width),
-        ]
+        ranges = [(self.elements, row * words, rows * words), (self.scales, low * width, (end - low) * width)]
         if self.zeros is not None:
             if self.form.elements == PACKED:  # packed along the rows of blocks
                 low, end = low // per_word, -(-end // per_word)
-            found.append((self.zeros, low * width, (end - low) * width))
+            ranges.append((self.zeros, low * width, (end - low) * width))
         if self.whole is not None:
-            found.append((self.whole, 0, 1))
-        return tuple(found)
+            ranges.append((self.whole, 0, 1))
+        return tuple(ranges)
 
-    def rows(self, first: int, count: int) -> Values:
-        """Rows of all matrices, one after the other: [count, columns]."""
-        columns, width = self.shape[-1], self.grid[1]
-        blocks = self._block_rows(np.arange(first, first + count))
+    def read(self, first: int, count: int) -> npt.NDArray[Any]:
+        """A range of elements of all matrices, one after the other, 1-D: float32, or blocks of MXFP4."""
         (elements, *place), (scales, *scales_place), *others = self.reads(first, count)
-        out = self._codes(elements.file.read(elements.name, *place).reshape(count, -1), columns)
+        stored = elements.read(*place)
+        if self.in_blocks:
+            return mxfp4.blocks(stored.view(np.uint8), scales.read(*scales_place))
+        row, rows = self._rows(first, count)
+        columns, width = self.shape[-1], self.grid[1]
+        blocks = self._block_rows(np.arange(row, row + rows))
+        out = self._codes(stored.reshape(rows, -1), columns)
         factors = scales.floats(*scales_place).reshape(-1, width)
         if self.zeros is not None:
-            zeros, at, size = others.pop(0)
-            stored = zeros.file.read(zeros.name, at, size).reshape(-1, width)
-            offset = blocks[0]
+            zeros, at, size = others[0]
+            points, offset = zeros.read(at, size).reshape(-1, width), blocks[0]
             if self.form.elements == PACKED:
-                stored = _unpacked(np.ascontiguousarray(stored.T), self.form.bits).T
+                points = _unpacked(np.ascontiguousarray(points.T), self.form.bits).T
                 offset = at // width * (32 // self.form.bits)
-            out -= self._spread(np.asarray(stored, np.float32)[blocks - offset], columns)
+            out -= self._spread(np.asarray(points, np.float32)[blocks - offset], columns)
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             if self.whole is not None:
-                factor = others[0][0].floats(0, 1)
+                factor = self.whole.floats(0, 1)
                 factors = factors / factor if self.form.divides else factors * factor
             out *= self._spread(factors[blocks - blocks[0]], columns)
-        return out
+        return out.reshape(-1)[first - row * columns :][:count]
+
+    def _rows(self, first: int, count: int) -> tuple[int, int]:
+        """The first row of a range of elements, and the number of rows."""
+        columns = self.shape[-1]
+        row = first // columns
+        return row, -(-(first + count) // columns) - row
 
     def _codes(self, stored: npt.NDArray[Any], columns: int) -> Values:
         form = self.form
@@ -174,6 +188,8 @@ class DecodedFile:
             for name, matrix in matrices.items()
         }
         self.tensors: Mapping[str, StoredTensor] = shown
+        # those with the tensors' scales too
+        self._files = {file, *(part.file for matrix in matrices.values() for part in matrix.parts)}
 
     def form(self, name: str) -> tuple[Form, int] | None:
         """In which form a tensor is stored, in how many bytes; None if it is not decoded."""
@@ -189,15 +205,7 @@ class DecodedFile:
     def read(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """As of a `SafetensorsFile`: decoded elements in float32, or blocks of MXFP4."""
         matrix = self._matrices.get(name)
-        if matrix is None:
-            return self._file.read(name, first, count)
-        reads = self._reads(matrix, first, count)
-        if matrix.in_blocks:
-            packed, scales = (part.file.read(part.name, at, size) for part, at, size in reads)
-            return mxfp4.blocks(packed.view(np.uint8), scales)
-        columns = matrix.shape[-1]
-        row, end = first // columns, -(-(first + count) // columns)
-        return matrix.rows(row, end - row).reshape(-1)[first - row * columns :][:count]
+        return self._file.read(name, first, count) if matrix is None else matrix.read(first, count)
 
     def spans(self, name: str, first: int, count: int) -> Iterator[tuple[Source, int, int]]:
         """Where what `read` reads for this range is stored."""
@@ -205,15 +213,8 @@ class DecodedFile:
         if matrix is None:
             yield from self._file.spans(name, first, count)
             return
-        for part, at, size in self._reads(matrix, first, count):
+        for part, at, size in matrix.reads(first, count):
             yield from part.file.spans(part.name, at, size)
-
-    def _reads(self, matrix: _Matrix, first: int, count: int) -> tuple[tuple[_Part, int, int], ...]:
-        if matrix.in_blocks:
-            parts = (matrix.elements, 2), (matrix.scales, mxfp4.GROUP)
-            return tuple((part, first // per, count // per) for part, per in parts)
-        row, end = first // matrix.shape[-1], -(-(first + count) // matrix.shape[-1])
-        return matrix.reads(row, end - row)
 
     def identity(self) -> bytes:
         """As of a `SafetensorsFile`."""
@@ -221,8 +222,7 @@ class DecodedFile:
 
     def check_unchanged(self, thoroughly: bool = False) -> None:
         """The same for the file, and for the files of its tensors' scales."""
-        files = {self._file, *(part.file for matrix in self._matrices.values() for part in matrix.parts)}
-        for file in files:
+        for file in self._files:
             file.check_unchanged(thoroughly)
 
 
@@ -238,7 +238,7 @@ def decoded(
             continue
         base = stored.removesuffix("_packed")
         module = base.removesuffix(".weight")
-        form = forms.of(module)
+        form = forms(module)
         if form is None or stored != base + form.suffix:
             raise ConvertError(
                 f"{path}: {stored!r}",
@@ -295,9 +295,9 @@ def _check_scales(form: Form, scales: _Part, grid: tuple[int, ...]) -> None:
     tensor = scales.tensor
     allowed: tuple[str, ...] = _FLOATS
     if form.elements == E2M1:
-        allowed = _EXPONENTS if form.mxfp4 else ("F8_E4M3",)
+        allowed = SCALES if form.mxfp4 else ("F8_E4M3",)
     elif form.scales == "_scale_inv":
-        allowed = (*_FLOATS, *_EXPONENTS)
+        allowed = (*_FLOATS, *SCALES)
     if tensor.dtype not in allowed:
         raise _wrong(scales, f"dtype {' or '.join(allowed)}", tensor.dtype)
     if tensor.shape != grid and not (tensor.size == math.prod(grid) == 1):

@@ -26,7 +26,7 @@ _E2M1: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -
 # Byte -> the values of its two halves.
 PAIRS: Final = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], -1)
 # Scale -> its value; exact in float32 down to 2^-127, which is subnormal there. The last one is NaN.
-_SCALES: Final = np.append(np.ldexp(np.ones(NAN), np.arange(NAN) - 127), np.nan).astype(np.float32)
+SCALES: Final = np.append(np.ldexp(np.ones(NAN), np.arange(NAN) - 127), np.nan).astype(np.float32)
 _LOW: Final = np.uint64(0x0F0F0F0F0F0F0F0F)
 _HIGH: Final = np.uint64(0xF0F0F0F0F0F0F0F0)
 
@@ -55,7 +55,7 @@ def values(data: Bytes) -> npt.NDArray[np.float32]:
         part = flat[first : first + _AT_ONCE]
         pairs = PAIRS[part[:, 1:]]  # [n, 16, 2]
         with np.errstate(over="ignore", invalid="ignore"):
-            pairs *= _SCALES[part[:, 0]][:, None, None]
+            pairs *= SCALES[part[:, 0]][:, None, None]
         out[first : first + len(part)] = pairs.transpose(0, 2, 1)
     return out.reshape(*data.shape[:-1], -1)
 

@@ -57,6 +57,17 @@ DOUBLE: Final = "F64"  # read as float32
 PACKED: Final = ("U8",)  # of the tensor with MXFP4's elements
 SCALES: Final = ("U8", "F8_E8M0")  # of the tensor with their scales
 
+
+def to_float32(values: npt.NDArray[Any], dtype: Dtype) -> npt.NDArray[np.float32]:
+    """Stored elements as float32; exact, because float32 has every F16, BF16 and MXFP4 number. Blocks of MXFP4
+    [..., 17 n] become elements [..., 32 n]."""
+    if dtype is Dtype.BF16:
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype is Dtype.MXFP4:
+        return mxfp4.values(values)
+    return values.astype(np.float32, copy=False)
+
+
 # Bytes of every dtype of the format: the offsets of other types are checked too.
 _BYTES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,

@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kimi_gguf.convert.source import mxfp4
-from kimi_gguf.convert.source.checkpoint import to_float32
-from kimi_gguf.convert.source.safetensors_file import Dtype
+from kimi_gguf.convert.source.safetensors_file import Dtype, to_float32
 from kimi_gguf.convert.types.ggml import Ggml
 from kimi_gguf.engine.tensor_types import BF16, F16, F32, Bytes, TensorType, Values
 

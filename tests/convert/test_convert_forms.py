@@ -1,4 +1,4 @@
-"""Quantized checkpoints as their publishers release them: equal to twins that torch dequantized beforehand."""
+"""Quantized checkpoints as their publishers release them: equal to checkpoints that torch dequantized beforehand."""
 
 from __future__ import annotations
 
@@ -196,9 +196,9 @@ def is_quantized(name: str, tensor: torch.Tensor) -> bool:
 
 
 def write(folder: Path, form: Form, family: str, layout: Any = "hub") -> tuple[Path, Path]:
-    """The quantized checkpoint, and its twin in F32."""
-    quantized, twin = folder / "model", folder / "twin"
-    for place in (quantized, twin):
+    """The quantized checkpoint, and the same with exact values in F32."""
+    quantized, dequantized = folder / "model", folder / "dequantized"
+    for place in (quantized, dequantized):
         if family == "kimi":
             write_checkpoint(place, KIMI, layout, shards=2)
         else:
@@ -215,14 +215,14 @@ def write(folder: Path, form: Form, family: str, layout: Any = "hub") -> tuple[P
             parts, exact[name] = of(tensor.float())
             stored |= {name + suffix: part.contiguous() for suffix, part in parts.items()}
         save_file(stored, file)
-        save_file({name: tensor.contiguous() for name, tensor in exact.items()}, twin / file.name)
+        save_file({name: tensor.contiguous() for name, tensor in exact.items()}, dequantized / file.name)
         places["weight_map"] |= dict.fromkeys(stored, file.name)
         for name in set(exact) - set(stored):
             del places["weight_map"][name]
     index.write_text(json.dumps(places))
     config = json.loads((quantized / "config.json").read_text())
     (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": form.config}))
-    return quantized, twin
+    return quantized, dequantized
 
 
 def tensors(file: Path) -> dict[str, tuple[str, bytes]]:
@@ -231,13 +231,13 @@ def tensors(file: Path) -> dict[str, tuple[str, bytes]]:
 
 @pytest.mark.parametrize("kind", ["F32", "BF16"])
 @pytest.mark.parametrize("name", FORMS)
-def test_a_form_has_the_values_of_its_twin(name: str, kind: str, tmp_path: Path) -> None:
+def test_a_form_has_the_values_that_torch_dequantizes(name: str, kind: str, tmp_path: Path) -> None:
     family = "kimi" if list(FORMS).index(name) % 2 else "ling"
-    quantized, twin = write(tmp_path, FORMS[name], family)
-    for source in (quantized, twin):
+    quantized, dequantized = write(tmp_path, FORMS[name], family)
+    for source in (quantized, dequantized):
         run = convert(source, "-o", tmp_path / f"{source.name}.gguf", "--type", kind)
         assert run.status == 0, run.err
-    expected = tensors(tmp_path / "twin.gguf")
+    expected = tensors(tmp_path / "dequantized.gguf")
     found = tensors(tmp_path / "model.gguf")
     assert found.keys() == expected.keys()
     assert [tensor for tensor in found if found[tensor] != expected[tensor]] == []
@@ -246,10 +246,10 @@ def test_a_form_has_the_values_of_its_twin(name: str, kind: str, tmp_path: Path)
 @pytest.mark.parametrize(("family", "layout"), [("kimi", "native"), ("kimi", "resaved"), ("ling", "native")])
 def test_every_layout_is_read(family: str, layout: str, tmp_path: Path) -> None:
     """Fused experts have a scale per block of each expert."""
-    quantized, twin = write(tmp_path, FORMS["fp8-blocks"], family, layout)
-    for source in (quantized, twin):
+    quantized, dequantized = write(tmp_path, FORMS["fp8-blocks"], family, layout)
+    for source in (quantized, dequantized):
         assert convert(source, "-o", tmp_path / f"{source.name}.gguf", "--type", "F32").status == 0
-    assert tensors(tmp_path / "twin.gguf") == tensors(tmp_path / "model.gguf")
+    assert tensors(tmp_path / "dequantized.gguf") == tensors(tmp_path / "model.gguf")
 
 
 def test_experts_in_mxfp4_keep_their_bits(tmp_path: Path) -> None:

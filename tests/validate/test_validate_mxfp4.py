@@ -39,9 +39,7 @@ def halves_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scales_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        converters, "_SCALES", np.append(2 * converters._SCALES[:200], converters._SCALES[200:])
-    )
+    monkeypatch.setattr(converters, "SCALES", np.append(2 * converters.SCALES[:200], converters.SCALES[200:]))
 
 
 @pytest.mark.parametrize(
